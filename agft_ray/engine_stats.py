@@ -1,0 +1,101 @@
+"""Mutable counters an engine keeps, and the frozen sample they are read out as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from agft_ray.types import EngineSample, StepTotals
+
+
+@dataclass(slots=True)
+class _StepCounter:
+    steps: int = 0
+    tokens: int = 0
+    time_s: float = 0.0
+
+    def totals(self) -> StepTotals:
+        return StepTotals(self.steps, self.tokens, self.time_s)
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Cumulative statistics of an LLM engine: call the `on_*` methods, read with `sample`.
+
+    Not thread-safe: keep it on the thread (or event loop) that runs the engine.
+    """
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    iterations: int = 0
+    iteration_tokens: int = 0
+    ttft_sum_s: float = 0.0
+    ttft_count: int = 0
+    itl_sum_s: float = 0.0
+    itl_count: int = 0
+    e2e_sum_s: float = 0.0
+    e2e_count: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    preemptions: int = 0
+    _decode: _StepCounter = field(default_factory=_StepCounter)
+    _prefill: _StepCounter = field(default_factory=_StepCounter)
+
+    def on_step(self, *, prefill_tokens: int, decode_tokens: int, time_s: float) -> None:
+        """One engine iteration; it is a step with prefill if it computed any prompt token."""
+        tokens = prefill_tokens + decode_tokens
+        self.iterations += 1
+        self.iteration_tokens += tokens
+        counter = self._prefill if prefill_tokens else self._decode
+        counter.steps += 1
+        counter.tokens += tokens
+        counter.time_s += time_s
+
+    def on_prompt(self, *, tokens: int, cached_tokens: int = 0) -> None:
+        """A prompt of `tokens` was scheduled, `cached_tokens` of them found in the prefix cache."""
+        self.prompt_tokens += tokens
+        self.prefix_cache_queries += tokens
+        self.prefix_cache_hits += cached_tokens
+
+    def on_first_token(self, *, ttft_s: float) -> None:
+        self.generation_tokens += 1
+        self.ttft_sum_s += ttft_s
+        self.ttft_count += 1
+
+    def on_token(self, *, itl_s: float) -> None:
+        """A token after the first, `itl_s` after the one before."""
+        self.generation_tokens += 1
+        self.itl_sum_s += itl_s
+        self.itl_count += 1
+
+    def on_finish(self, *, e2e_s: float) -> None:
+        self.e2e_sum_s += e2e_s
+        self.e2e_count += 1
+
+    def on_preemption(self) -> None:
+        self.preemptions += 1
+
+    def sample(
+        self, *, t_s: float, running: int, waiting: int, kv_cache_usage: float
+    ) -> EngineSample:
+        """The counters as they stand, with the gauges of this moment."""
+        return EngineSample(
+            t_s=t_s,
+            running=running,
+            waiting=waiting,
+            kv_cache_usage=kv_cache_usage,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+            iterations=self.iterations,
+            iteration_tokens=self.iteration_tokens,
+            ttft_sum_s=self.ttft_sum_s,
+            ttft_count=self.ttft_count,
+            itl_sum_s=self.itl_sum_s,
+            itl_count=self.itl_count,
+            e2e_sum_s=self.e2e_sum_s,
+            e2e_count=self.e2e_count,
+            prefix_cache_queries=self.prefix_cache_queries,
+            prefix_cache_hits=self.prefix_cache_hits,
+            preemptions=self.preemptions,
+            decode_steps=self._decode.totals(),
+            prefill_steps=self._prefill.totals(),
+        )

@@ -1,0 +1,302 @@
+"""The vocabulary: frozen values that cross modules, processes and policies.
+
+Nothing here imports anything of ours. Times are seconds on the loop's clock (simulated seconds
+under a simulated GPU), counters are cumulative, gauges are momentary.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Arm = int | None
+"""What a policy may choose: an SM clock in MHz, or None for default clocks (nothing locked)."""
+
+DEFAULT_CLOCKS_KEY = 0
+"""How default clocks are written where arms are keyed by MHz (experience, priors, files)."""
+
+
+class Mode(enum.StrEnum):
+    """What a tuner may do: nothing, measure and recommend, or set clocks."""
+
+    OFF = "off"
+    OBSERVE = "observe"
+    CONTROL = "control"
+
+
+class EventReason(enum.IntFlag):
+    """Why a GPU's clock is what it is: the bits of NVML's clocks event reasons."""
+
+    NONE = 0
+    GPU_IDLE = 0x1
+    SW_POWER_CAP = 0x4
+    HW_SLOWDOWN = 0x8
+    SYNC_BOOST = 0x10
+    SW_THERMAL = 0x20
+    HW_THERMAL = 0x40
+    HW_POWER_BRAKE = 0x80
+
+
+THROTTLED = (
+    EventReason.HW_SLOWDOWN
+    | EventReason.SW_THERMAL
+    | EventReason.HW_THERMAL
+    | EventReason.HW_POWER_BRAKE
+)
+"""Reasons that make a window no evidence about its clock. The software power cap is not one of
+them: it binds in ordinary operation, and rewards are credited to the clock that was observed."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSample:
+    """One reading of a GPU (or of a group of GPUs that act as one)."""
+
+    t_s: float
+    power_w: float
+    energy_j: float
+    """The energy counter: joules since some fixed moment."""
+    energy_t_s: float
+    """When the counter last changed; it is updated only every 10-100 ms."""
+    sm_clock_mhz: int
+    """The effective SM clock."""
+    locked_sm_clock_mhz: int | None
+    """The clock asked for, or None while the driver's default governor is in charge."""
+    event_reasons: EventReason = EventReason.NONE
+    temperature_c: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """Counters over one class of engine steps (decode only, or with prefill)."""
+
+    steps: int = 0
+    tokens: int = 0
+    time_s: float = 0.0
+
+    def __sub__(self, other: StepTotals) -> StepTotals:
+        return StepTotals(
+            self.steps - other.steps, self.tokens - other.tokens, self.time_s - other.time_s
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSample:
+    """An LLM engine's statistics at one moment: gauges, then cumulative counters."""
+
+    t_s: float
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    """Share of KV blocks in use, 0..1."""
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    iterations: int = 0
+    iteration_tokens: int = 0
+    ttft_sum_s: float = 0.0
+    ttft_count: int = 0
+    itl_sum_s: float = 0.0
+    itl_count: int = 0
+    e2e_sum_s: float = 0.0
+    e2e_count: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    preemptions: int = 0
+    decode_steps: StepTotals = field(default_factory=StepTotals)
+    prefill_steps: StepTotals = field(default_factory=StepTotals)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return self.running == 0 and self.waiting == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request of a workload: when it arrives and how long its prompt and output are."""
+
+    request_id: str
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimings:
+    """What a finished request experienced, on the clock of whoever measured it."""
+
+    request_id: str
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    ttft_s: float
+    e2e_s: float
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first; None for a single token."""
+        if self.output_tokens < 2:
+            return None
+        return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSample:
+    """What Ray Serve's own metrics say of one replica. A missing series is None, never zero.
+
+    `t_s` is when the values were scraped; Ray exports them every report interval, so they are at
+    most that much older.
+    """
+
+    t_s: float
+    requests: float | None
+    """Requests completed since the replica started."""
+    latency_sum_s: float | None
+    latency_count: float | None
+    in_flight: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ServeWindow:
+    """Ray Serve's view of a replica between two scrapes."""
+
+    request_rate_per_s: float
+    mean_latency_s: float | None
+    in_flight: float | None
+    age_s: float
+    """Age of the newer scrape at the end of the window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One observation interval of the loop: deltas of counters, means of gauges, energy."""
+
+    start_s: float
+    end_s: float
+    arm: Arm
+    """What was locked during the window."""
+    energy_j: float
+    """Energy of the window: mean power between the counter's own updates times the duration."""
+    mean_power_w: float
+    sm_clock_mhz: float
+    """Mean of the effective SM clock while the engine worked (all samples if it never did)."""
+    event_reasons: EventReason
+    running: float
+    waiting: float
+    kv_cache_usage: float
+    prompt_tokens: int
+    generation_tokens: int
+    iterations: int
+    iteration_tokens: int
+    ttft_sum_s: float
+    ttft_count: int
+    itl_sum_s: float
+    itl_count: int
+    e2e_sum_s: float
+    e2e_count: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    preemptions: int
+    decode_steps: StepTotals
+    prefill_steps: StepTotals
+    request_rate_per_s: float
+    """From Ray Serve where fresh, else the engine's first tokens per second."""
+    serve: ServeWindow | None = None
+
+    @property
+    def duration_s(self) -> float:
+        return self.end_s - self.start_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Mean TTFT of the requests that got their first token in the window."""
+        return self.ttft_sum_s / self.ttft_count if self.ttft_count else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean inter-token latency of the window, the delay AGFT calls TPOT."""
+        return self.itl_sum_s / self.itl_count if self.itl_count else None
+
+    @property
+    def is_idle(self) -> bool:
+        """The engine was seen, and did nothing: no tokens, nothing running or waiting."""
+        return self.iterations == 0 and self.running == 0 and self.waiting == 0
+
+    @property
+    def edp_j_s(self) -> float | None:
+        """Energy-delay product of the window as AGFT defines it: energy times mean TPOT."""
+        return None if self.tpot_s is None else self.energy_j * self.tpot_s
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A window's feature vector, scaled by the constants of the feature schema."""
+
+    features: tuple[float, ...]
+    schema: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A policy's choice and its one-word reason ('baseline', 'sweep', 'explore', 'exploit'...)."""
+
+    arm: Arm
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a decision: the window it led to and its reward.
+
+    `requested` is the arm that was chosen, `arm` the one the reward is credited to: the clock
+    that was observed, on the GPU's supported list.
+    """
+
+    requested: Arm
+    arm: Arm
+    context: Context
+    reward: float
+    window: Window
+
+
+@dataclass(frozen=True, slots=True)
+class PriorKey:
+    """What must agree before two replicas' experience may be added."""
+
+    gpu_model: str
+    engine_model: str
+    tensor_parallel: int
+    role: str
+    quantisation: str
+    objective: str
+    window_s: float
+    feature_schema: int
+    reward_schema: int
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """Sufficient statistics of linear regression, one set an arm: sums over the arm's windows.
+
+    `arms_mhz[k]` is the arm (DEFAULT_CLOCKS_KEY for default clocks), `counts[k]` the number of
+    windows, `grams[k]` the sum of x xᵀ, `responses[k]` the sum of reward * x, x being the feature
+    vector. Shapes (K,), (K,), (K, d, d), (K, d).
+    """
+
+    arms_mhz: tuple[int, ...]
+    counts: np.ndarray
+    grams: np.ndarray
+    responses: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """What the aggregator hands out: the experience of all other replicas under one key."""
+
+    key: PriorKey
+    version: int
+    replicas: int
+    """How many replicas' experience went into it."""
+    experience: Experience
