@@ -1,0 +1,79 @@
+"""Simulated GPUs behind the `Gpu` protocol: shared between processes, or in memory."""
+
+from __future__ import annotations
+
+import os
+
+from agft_ray.clock import Clock, WallClock
+from agft_ray.simulation.device import Device
+from agft_ray.simulation.shared_device import SharedDevice
+from agft_ray.types import GpuSample
+
+
+class SimulatedGpu:
+    """A simulated GPU whose state is the file at `path`, as made by `DeviceFile.create`.
+
+    Every method raises `GpuLostError` once the file is gone.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._shared = SharedDevice(path)
+
+    @property
+    def uuid(self) -> str:
+        return self._shared.uuid
+
+    @property
+    def model(self) -> str:
+        return self._shared.profile.product
+
+    @property
+    def clock(self) -> WallClock:
+        """The GPU's own time, which its engine must share."""
+        return self._shared.clock
+
+    @property
+    def supported_sm_clocks_mhz(self) -> tuple[int, ...]:
+        return self._shared.profile.supported_sm_clocks_mhz
+
+    def read(self) -> GpuSample:
+        with self._shared.transaction() as (device, now_s):
+            return device.read(now_s)
+
+    def lock(self, sm_clock_mhz: int) -> None:
+        with self._shared.transaction() as (device, now_s):
+            device.lock(now_s, sm_clock_mhz)
+
+    def reset(self) -> None:
+        with self._shared.transaction() as (device, now_s):
+            device.reset(now_s)
+
+
+class InMemoryGpu:
+    """A simulated GPU over a `Device`, on whatever clock its engine runs: virtual time."""
+
+    def __init__(self, device: Device, clock: Clock, uuid: str = "GPU-simulated-0") -> None:
+        self._device = device
+        self._clock = clock
+        self._uuid = uuid
+
+    @property
+    def uuid(self) -> str:
+        return self._uuid
+
+    @property
+    def model(self) -> str:
+        return self._device.profile.product
+
+    @property
+    def supported_sm_clocks_mhz(self) -> tuple[int, ...]:
+        return self._device.profile.supported_sm_clocks_mhz
+
+    def read(self) -> GpuSample:
+        return self._device.read(self._clock.now_s())
+
+    def lock(self, sm_clock_mhz: int) -> None:
+        self._device.lock(self._clock.now_s(), sm_clock_mhz)
+
+    def reset(self) -> None:
+        self._device.reset(self._clock.now_s())

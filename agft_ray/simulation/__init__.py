@@ -1,0 +1,1 @@
+"""A simulated GPU and LLM engine, calibrated on published measurements."""

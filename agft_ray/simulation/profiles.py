@@ -1,0 +1,263 @@
+"""GPU profiles: the simulator's numbers, as data files with the source and grade of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from agft_ray.config import Count, NonNegative, Positive, Share, StrictModel, load_yaml, parse
+from agft_ray.errors import ConfigError, GpuArgumentError
+
+Interval = Annotated[tuple[float, float], Field(strict=False)]
+
+_BUNDLED = Path(__file__).with_name("profiles")
+
+
+class AttentionProfile(StrictModel):
+    """Attention time per layer, in microseconds at the model's reference clock."""
+
+    decode_floor_us: NonNegative
+    decode_sequence_us: NonNegative
+    """Per decoding sequence in a step without prefill."""
+    decode_context_us: NonNegative
+    """Per token of KV cache read in a step without prefill."""
+    mixed_sequence_us: NonNegative
+    """Per decoding sequence in a step with prefill."""
+    mixed_context_us: NonNegative
+    """Per token of KV cache read by decoding sequences in a step with prefill."""
+    prefill_floor_us: NonNegative
+    prefill_exponent: Positive
+    prefill_pair_us: NonNegative
+    """Per pair of a chunk's token and a token it attends to."""
+    prefill_token_us: NonNegative
+    """Per token of the chunk."""
+    prefill_context_us: NonNegative
+    """Per token computed before the chunk."""
+
+
+class ModelProfile(StrictModel):
+    """One LLM on one GPU: step times, and what its weights and KV cache take."""
+
+    layers: Count
+    weights_bytes: Count
+    kv_bytes_per_token: Count
+    kv_blocks: Count
+    """How many KV blocks of 16 tokens fit beside the weights."""
+    reference_sm_clock_mhz: Count
+    """The SM clock at which the times below hold."""
+    host_ms: NonNegative
+    """Scheduling and launching per step; the SM clock does not change it."""
+    weights_ms: Positive
+    """Reading the weights once: the time of a step with few tokens."""
+    token_ms: Positive
+    """Computing one more token in a large step."""
+    dense_exponent: Positive
+    issue_share: Share
+    """Share of the weight-reading time that is limited by the SM clock."""
+    clock_exponent: Positive
+    """How sharply a step goes from memory-bound to compute-bound as the clock falls."""
+    attention: AttentionProfile
+
+
+class ActivityDecode(StrictModel):
+    """Decode power by batch size: activity `single + (1 - single) (1 - exp(-B / batch_scale))`."""
+
+    form: Literal["activity"]
+    single: Share
+    batch_scale: Positive
+
+
+class BandwidthDecode(StrictModel):
+    """Decode power by achieved memory bandwidth: `base_w + watts_per_tb_s * TB/s` at full clock.
+
+    Of the part above idle, `core_share` falls with the square of the voltage.
+    """
+
+    form: Literal["bandwidth"]
+    base_w: NonNegative
+    watts_per_tb_s: NonNegative
+    core_share: Share
+
+
+class PowerProfile(StrictModel):
+    """Coefficients of the power formulas in `physics`, relative to a reference SM clock."""
+
+    cap_w: Positive
+    reference_sm_clock_mhz: Count
+    knee_sm_clock_mhz: Count
+    """Below it the voltage is constant."""
+    voltage_rise: NonNegative
+    """Relative rise of the voltage from the knee to the reference clock."""
+    voltage_exponent: Positive
+    idle_base_w: NonNegative
+    idle_clock_w: NonNegative
+    idle_leakage_w: NonNegative
+    busy_base_w: NonNegative
+    busy_clock_w: NonNegative
+    decode: Annotated[ActivityDecode | BandwidthDecode, Field(discriminator="form")]
+
+
+class GovernorProfile(StrictModel):
+    """The driver's default governor: maximum clock while busy, less while idle."""
+
+    idle_sm_clock_mhz: Count
+    """Its SM clock while the engine is loaded but idle."""
+    idle_delay_s: NonNegative
+    """How long after the last step it goes there."""
+
+
+class ClockChangeProfile(StrictModel):
+    """The delay from a call to lock or reset until the clock changes: log-normal."""
+
+    median_s: Positive
+    p95_s: Positive
+
+
+class TemperatureProfile(StrictModel):
+    """GPU temperature, linear in power."""
+
+    zero_power_c: float
+    rise_c_per_w: NonNegative
+
+
+class GpuProfile(StrictModel):
+    """A simulated GPU: its clocks, power, governor and the LLMs it can run."""
+
+    name: str
+    product: str
+    """The name NVML gives."""
+    min_sm_clock_mhz: Count
+    max_sm_clock_mhz: Count
+    sm_clock_step_mhz: Count
+    power_noise: Share
+    """Relative standard deviation of a power reading."""
+    power: PowerProfile
+    governor: GovernorProfile
+    clock_change: ClockChangeProfile
+    temperature: TemperatureProfile
+    models: dict[str, ModelProfile]
+    ranges: dict[str, Interval] = Field(default_factory=dict)
+    """Uncertain numbers, to be swept: dotted path of the number -> lowest and highest value."""
+
+    @cached_property
+    def supported_sm_clocks_mhz(self) -> tuple[int, ...]:
+        """The clocks that can be locked, ascending."""
+        step = self.sm_clock_step_mhz
+        return tuple(range(self.min_sm_clock_mhz, self.max_sm_clock_mhz + 1, step))
+
+    def supported_at_or_below(self, sm_clock_mhz: int) -> int:
+        """The nearest supported clock at or below one inside the supported range.
+
+        Raises `GpuArgumentError` for a clock outside the range.
+        """
+        low, high = self.min_sm_clock_mhz, self.max_sm_clock_mhz
+        if not low <= sm_clock_mhz <= high:
+            raise GpuArgumentError(
+                f"sm_clock_mhz={sm_clock_mhz} is outside what {self.product} supports: "
+                f"choose from {low}..{high} MHz in steps of {self.sm_clock_step_mhz}"
+            )
+        return sm_clock_mhz - (sm_clock_mhz - low) % self.sm_clock_step_mhz
+
+    def model_profile(self, model: str) -> ModelProfile:
+        """The profile of one LLM; raises `ConfigError` listing the known ones."""
+        if model not in self.models:
+            known = ", ".join(sorted(self.models))
+            raise ConfigError(
+                f"GPU profile {self.name}",
+                [f"model: {model!r} has no profile on this GPU, choose one of: {known}"],
+            )
+        return self.models[model]
+
+
+def bundled_profiles() -> tuple[str, ...]:
+    """The names of the profiles that come with the package."""
+    return tuple(sorted(path.stem for path in _BUNDLED.glob("*.yaml")))
+
+
+def load_gpu_profile(name_or_path: str | Path) -> GpuProfile:
+    """A bundled profile by name, or a user's own by the path of its YAML file.
+
+    Raises `ConfigError` with every problem found: an unknown name, bad or crossed values.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in {".yaml", ".yml"}:
+        if str(name_or_path) not in bundled_profiles():
+            raise ConfigError("GPU profile", [_unknown_profile(str(name_or_path))])
+        path = _BUNDLED / f"{name_or_path}.yaml"
+    profile = parse(GpuProfile, load_yaml(path), source=str(path))
+    if problems := list(_crossed_values(profile)):
+        raise ConfigError(str(path), problems)
+    return profile
+
+
+def _unknown_profile(name: str) -> str:
+    known = ", ".join(bundled_profiles())
+    return f"gpu: no profile named {name!r}, choose one of: {known}, or the path of a .yaml file"
+
+
+def _crossed_values(profile: GpuProfile) -> Iterator[str]:
+    yield from _crossed_clocks(profile)
+    if profile.power.knee_sm_clock_mhz >= profile.power.reference_sm_clock_mhz:
+        yield (
+            f"power.knee_sm_clock_mhz: {profile.power.knee_sm_clock_mhz} must be below "
+            f"power.reference_sm_clock_mhz, which is {profile.power.reference_sm_clock_mhz}"
+        )
+    if profile.clock_change.median_s > profile.clock_change.p95_s:
+        yield (
+            f"clock_change.median_s: {profile.clock_change.median_s} must not exceed "
+            f"clock_change.p95_s, which is {profile.clock_change.p95_s}"
+        )
+    if not profile.models:
+        yield "models: must name at least one LLM"
+    yield from _crossed_ranges(profile)
+
+
+def _crossed_clocks(profile: GpuProfile) -> Iterator[str]:
+    low, high, step = profile.min_sm_clock_mhz, profile.max_sm_clock_mhz, profile.sm_clock_step_mhz
+    if low > high:
+        yield f"min_sm_clock_mhz: {low} must not exceed max_sm_clock_mhz, which is {high}"
+    elif (high - low) % step:
+        yield f"sm_clock_step_mhz: {step} must divide the span from {low} to {high} MHz"
+    elif (idle := profile.governor.idle_sm_clock_mhz) not in profile.supported_sm_clocks_mhz:
+        yield (
+            f"governor.idle_sm_clock_mhz: {idle} is not a supported clock, "
+            f"choose from {low}..{high} MHz in steps of {step}"
+        )
+    else:
+        yield from _clocks_out_of_range(profile)
+
+
+def _clocks_out_of_range(profile: GpuProfile) -> Iterator[str]:
+    low, high = profile.min_sm_clock_mhz, profile.max_sm_clock_mhz
+    clocks = {
+        "power.knee_sm_clock_mhz": profile.power.knee_sm_clock_mhz,
+        "power.reference_sm_clock_mhz": profile.power.reference_sm_clock_mhz,
+    } | {
+        f"models.{name}.reference_sm_clock_mhz": model.reference_sm_clock_mhz
+        for name, model in profile.models.items()
+    }
+    for field, clock in clocks.items():
+        if not low <= clock <= high:
+            yield f"{field}: {clock} is outside the supported range {low}..{high} MHz"
+
+
+def _crossed_ranges(profile: GpuProfile) -> Iterator[str]:
+    values = dict(_flatten(profile.model_dump(exclude={"ranges"})))
+    for key, (low, high) in profile.ranges.items():
+        value = values.get(key)
+        if not isinstance(value, int | float):
+            yield f"ranges.{key}: names no number of this profile"
+        elif not low <= value <= high:
+            yield f"ranges.{key}: [{low:g}, {high:g}] does not contain the value used, {value:g}"
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

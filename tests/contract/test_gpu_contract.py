@@ -1,0 +1,137 @@
+"""What every `Gpu` must do, held against each implementation."""
+
+import math
+import time
+from itertools import pairwise
+
+import pytest
+
+from agft_ray.clock import ManualClock
+from agft_ray.errors import GpuArgumentError
+from agft_ray.gpu.simulated import InMemoryGpu, SimulatedGpu
+from agft_ray.simulation.device import Device
+from agft_ray.simulation.device_file import DeviceFile
+from agft_ray.simulation.profiles import load_gpu_profile
+
+LONGEST_DELAY_S = 0.05
+SHORTEST_DELAY_S = 0.01
+
+
+def in_memory(tmp_path, monkeypatch):
+    profile = load_gpu_profile("rtx_a6000")
+    clock = ManualClock()
+    device = Device(profile, profile.model_profile("llama-3.1-8b"))
+
+    def wait(seconds):
+        clock.advance_to(clock.t_s + seconds)
+
+    return InMemoryGpu(device, clock), wait
+
+
+def simulated(tmp_path, monkeypatch):
+    wall_s = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: wall_s[0])
+    path = tmp_path / "gpu.json"
+    DeviceFile.create(path, uuid="GPU-0", profile="rtx_a6000", model="llama-3.1-8b", speed=4.0)
+
+    def wait(seconds):
+        wall_s[0] += seconds / 4.0
+
+    return SimulatedGpu(path), wait
+
+
+@pytest.fixture(params=[in_memory, simulated])
+def gpu_and_wait(request, tmp_path, monkeypatch):
+    return request.param(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def gpu(gpu_and_wait):
+    return gpu_and_wait[0]
+
+
+@pytest.fixture
+def wait(gpu_and_wait):
+    return gpu_and_wait[1]
+
+
+def test_identity(gpu):
+    assert gpu.uuid.startswith("GPU-")
+    assert gpu.model
+
+
+def test_supported_clocks_ascend(gpu):
+    clocks = gpu.supported_sm_clocks_mhz
+    assert len(clocks) > 1
+    assert list(clocks) == sorted(set(clocks))
+
+
+def test_a_lock_takes_effect_after_the_delay_and_not_before(gpu, wait):
+    wait(10.0)
+    before = gpu.read()
+    gpu.lock(900)
+    wait(SHORTEST_DELAY_S)
+    during = gpu.read()
+    assert during.sm_clock_mhz == before.sm_clock_mhz != 900
+    assert during.locked_sm_clock_mhz == 900
+    wait(LONGEST_DELAY_S)
+    assert gpu.read().sm_clock_mhz == 900
+
+
+def test_every_supported_clock_can_be_locked(gpu, wait):
+    for clock in gpu.supported_sm_clocks_mhz:
+        gpu.lock(clock)
+        wait(LONGEST_DELAY_S)
+        sample = gpu.read()
+        assert (sample.sm_clock_mhz, sample.locked_sm_clock_mhz) == (clock, clock)
+
+
+def test_a_clock_between_two_is_the_one_below(gpu, wait):
+    low, high = gpu.supported_sm_clocks_mhz[3:5]
+    gpu.lock(high - 1)
+    wait(LONGEST_DELAY_S)
+    assert gpu.read().sm_clock_mhz == low
+
+
+def test_a_clock_outside_the_range_is_refused_and_changes_nothing(gpu, wait):
+    gpu.lock(900)
+    for clock in (0, gpu.supported_sm_clocks_mhz[0] - 1, gpu.supported_sm_clocks_mhz[-1] + 1):
+        with pytest.raises(GpuArgumentError, match=str(clock)):
+            gpu.lock(clock)
+    wait(LONGEST_DELAY_S)
+    assert gpu.read().locked_sm_clock_mhz == gpu.read().sm_clock_mhz == 900
+
+
+def test_reset_returns_to_default_clocks_any_number_of_times(gpu, wait):
+    wait(10.0)
+    default_mhz = gpu.read().sm_clock_mhz
+    gpu.reset()
+    wait(LONGEST_DELAY_S)
+    assert gpu.read().sm_clock_mhz == default_mhz
+    gpu.lock(900)
+    wait(LONGEST_DELAY_S)
+    for _ in range(3):
+        gpu.reset()
+        assert gpu.read().locked_sm_clock_mhz is None
+        wait(LONGEST_DELAY_S)
+    assert gpu.read().sm_clock_mhz == default_mhz
+
+
+def test_readings_are_finite_and_the_energy_counter_only_grows(gpu, wait):
+    samples = []
+    for k in range(200):
+        wait(0.037)
+        if k % 20 == 0:
+            gpu.lock(gpu.supported_sm_clocks_mhz[k % 100])
+        samples.append(gpu.read())
+    for sample in samples:
+        values = (sample.t_s, sample.power_w, sample.energy_j, sample.temperature_c)
+        assert all(math.isfinite(value) for value in values)
+        assert sample.power_w > 0
+        assert 0 <= sample.energy_t_s <= sample.t_s
+        assert sample.sm_clock_mhz in gpu.supported_sm_clocks_mhz
+    for earlier, later in pairwise(samples):
+        assert later.t_s >= earlier.t_s
+        assert later.energy_j >= earlier.energy_j
+        assert (later.energy_j > earlier.energy_j) == (later.energy_t_s > earlier.energy_t_s)
+    assert samples[-1].energy_j > 40 * 6

@@ -1,0 +1,184 @@
+"""The formulas against public measurements, and against themselves in limits that are known."""
+
+import math
+
+import pytest
+
+from agft_ray.simulation.physics import (
+    StepWork,
+    busy_power_w,
+    effective_sm_clock_mhz,
+    idle_power_w,
+    prefill_attention_s,
+    step_time_s,
+    voltage,
+)
+from agft_ray.simulation.profiles import load_gpu_profile
+
+A6000 = load_gpu_profile("rtx_a6000")
+A100 = load_gpu_profile("a100_sxm_80gb")
+LLAMA_A6000 = A6000.model_profile("llama-3.1-8b")
+LLAMA_A100 = A100.model_profile("llama-3.1-8b")
+
+# 254 running at 63 % of the KV cache, with as much prefill as gives 260-266 ms at the cap.
+SATURATED = StepWork(900, 254, 136_000, prefill_attention_s(LLAMA_A6000, 900, 300))
+PROMPT = StepWork(2048, 0, 0, prefill_attention_s(LLAMA_A100, 2048, 0))
+
+# Medians of power at locked clocks, from the logs of github.com/SusCom-Lab/AGFT.
+A6000_POWER_W = {
+    1005: 176,
+    1095: 186,
+    1185: 194,
+    1275: 202,
+    1365: 222,
+    1455: 246.5,
+    1545: 280,
+}
+# Loaded idle power at locked clocks, from github.com/THUlqs15/power_profiling (A800).
+A100_IDLE_W = {
+    210: 54.31,
+    300: 54.53,
+    510: 55.13,
+    720: 56.40,
+    825: 56.46,
+    930: 58.56,
+    1020: 59.94,
+    1125: 61.83,
+    1200: 64.80,
+    1305: 71.26,
+    1335: 74.75,
+    1410: 80.47,
+}
+
+
+def point(gpu, model, work, target):
+    clock = effective_sm_clock_mhz(gpu, model, work, target)
+    return busy_power_w(gpu, model, work, clock), step_time_s(model, work, clock)
+
+
+@pytest.mark.parametrize("clock", A6000_POWER_W)
+@pytest.mark.parametrize("work", [SATURATED, StepWork(0, 254, 136_000)])
+def test_a6000_saturated_power_by_clock(clock, work):
+    power_w, _ = point(A6000, LLAMA_A6000, work, clock)
+    assert power_w == pytest.approx(A6000_POWER_W[clock], rel=0.03)
+
+
+def test_a6000_saturated_is_most_efficient_between_1185_and_1365_mhz():
+    products = {f: math.prod(point(A6000, LLAMA_A6000, SATURATED, f)) for f in range(210, 2101, 15)}
+    assert 1185 <= min(products, key=products.get) <= 1365
+
+
+def test_a6000_settings_above_the_power_cap_are_one_machine():
+    power_w, time_s = point(A6000, LLAMA_A6000, SATURATED, 1590)
+    assert power_w == pytest.approx(299, rel=0.02)
+    for clock in range(1590, 2101, 15):
+        assert point(A6000, LLAMA_A6000, SATURATED, clock) == pytest.approx(
+            (power_w, time_s), rel=0.02
+        )
+
+
+def test_a6000_1275_against_2100_mhz():
+    slow, fast = (point(A6000, LLAMA_A6000, SATURATED, f) for f in (1275, 2100))
+    assert slow[0] / fast[0] - 1 == pytest.approx(-0.32, abs=0.02)
+    assert slow[1] / fast[1] - 1 == pytest.approx(0.22, abs=0.04)
+
+
+def test_a100_prefill_energy_is_lowest_near_1100_mhz():
+    energy_j = {
+        f: math.prod(point(A100, LLAMA_A100, PROMPT, f)) for f in A100.supported_sm_clocks_mhz
+    }
+    best = min(energy_j, key=energy_j.get)
+    assert 1095 <= best <= 1200
+    assert 0.13 <= 1 - energy_j[best] / energy_j[1410] <= 0.16
+    assert energy_j[510] > energy_j[1410]
+
+
+def test_a100_idle_power_by_clock():
+    errors = [idle_power_w(A100.power, f) / w - 1 for f, w in A100_IDLE_W.items()]
+    assert max(map(abs, errors)) < 0.02
+    assert sum(map(abs, errors)) / len(errors) < 0.01
+
+
+def test_a100_decode_power_at_full_clock_follows_bandwidth():
+    work = StepWork(0, 32, 32_000)
+    time_s = step_time_s(LLAMA_A100, work, 1410)
+    tb_s = (16_060_522_496 + 131_072 * 32_000) / time_s / 1e12
+    assert busy_power_w(A100, LLAMA_A100, work, 1410) == pytest.approx(119 + 135 * tb_s)
+
+
+def test_a100_decode_power_below_full_clock_scales_the_part_above_idle():
+    work = StepWork(0, 32, 32_000)
+    tb_s = (16_060_522_496 + 131_072 * 32_000) / step_time_s(LLAMA_A100, work, 1200) / 1e12
+    v, v_max = 1 + 0.127 * (218 / 428) ** 2, 1.127
+    above_idle_w = 119 + 135 * tb_s - idle_power_w(A100.power, 1410)
+    expected_w = idle_power_w(A100.power, 1200) + (0.6 * (v / v_max) ** 2 + 0.4) * above_idle_w
+    assert busy_power_w(A100, LLAMA_A100, work, 1200) == pytest.approx(expected_w)
+
+
+def test_voltage_is_flat_below_the_knee_and_as_fitted_above():
+    assert voltage(A6000.power, 210) == voltage(A6000.power, 1303) == 1.0
+    assert voltage(A6000.power, 1800) == pytest.approx(1.335)
+    assert voltage(A100.power, 1196) == pytest.approx(1 + 0.127 / 4)
+
+
+def test_a6000_idle_power():
+    assert idle_power_w(A6000.power, 900) == pytest.approx(45 + 13)
+    assert idle_power_w(A6000.power, 1800) == pytest.approx(45 + 26 * 1.335**2)
+
+
+def test_decode_activity_grows_with_the_batch():
+    powers_w = [busy_power_w(A6000, LLAMA_A6000, StepWork(0, b, 0), 1200) for b in (1, 80, 10_000)]
+    idle_w = idle_power_w(A6000.power, 1200)
+    full_w = 36.7 + 143.7 * 1200 / 1800
+    shares = [0.7 + 0.3 * (1 - math.exp(-1 / 80)), 0.7 + 0.3 * (1 - math.exp(-1)), 1.0]
+    assert powers_w == pytest.approx([idle_w + share * full_w for share in shares])
+
+
+def test_step_time_at_the_reference_clock_is_the_fit():
+    work = StepWork(0, 64, 50_000)
+    dense_ms = (22.7**1.58 + (0.1675 * 64) ** 1.58) ** (1 / 1.58)
+    attention_ms = 32 * (11.5 + 0.155 * 64 + 0.0062 * 50_000) / 1e3
+    assert step_time_s(LLAMA_A6000, work, 1545) * 1e3 == pytest.approx(1 + dense_ms + attention_ms)
+
+
+def test_step_time_with_prefill():
+    chunk_s = prefill_attention_s(LLAMA_A6000, 512, 256)
+    work_us = 0.0001387 * 512 * (256 + 256) + 0.1032 * 512 + 0.0607 * 256
+    assert chunk_s * 1e6 == pytest.approx(32 * (7.77**1.51 + work_us**1.51) ** (1 / 1.51))
+    work = StepWork(512, 10, 8000, chunk_s)
+    dense_ms = (22.7**1.58 + (0.1675 * 522) ** 1.58) ** (1 / 1.58)
+    mixed_ms = 32 * (0.8 * 10 + 0.0118 * 8000) / 1e3
+    expected_ms = 1 + dense_ms + mixed_ms + chunk_s * 1e3
+    assert step_time_s(LLAMA_A6000, work, 1545) * 1e3 == pytest.approx(expected_ms)
+
+
+def test_large_steps_slow_as_1_over_f_and_small_ones_hardly():
+    large = StepWork(100_000)
+    ratio = step_time_s(LLAMA_A100, large, 705) / step_time_s(LLAMA_A100, large, 1410)
+    assert ratio == pytest.approx(2.0, rel=1e-3)
+    one = StepWork(0, 1, 0)
+    assert step_time_s(LLAMA_A100, one, 990) / step_time_s(LLAMA_A100, one, 1410) < 1.02
+
+
+def test_the_effective_clock_is_the_largest_within_the_cap():
+    for work in (SATURATED, StepWork(0, 1, 100), StepWork(0, 100, 50_000)):
+        clock = effective_sm_clock_mhz(A6000, LLAMA_A6000, work, 2100)
+        assert busy_power_w(A6000, LLAMA_A6000, work, clock) <= 300
+        assert busy_power_w(A6000, LLAMA_A6000, work, clock + 15) > 300
+    assert effective_sm_clock_mhz(A6000, LLAMA_A6000, SATURATED, 1200) == 1200
+
+
+def test_the_lowest_clock_runs_even_above_the_cap():
+    weak = A6000.model_copy(update={"power": A6000.power.model_copy(update={"cap_w": 50.0})})
+    assert effective_sm_clock_mhz(weak, LLAMA_A6000, SATURATED, 2100) == 210
+
+
+@pytest.mark.parametrize("gpu", [A6000, A100])
+def test_power_rises_and_step_time_falls_with_the_clock(gpu):
+    model = gpu.model_profile("llama-3.1-8b")
+    for work in (StepWork(0, 1, 50), StepWork(0, 64, 60_000), StepWork(512, 20, 9000, 0.002)):
+        clocks = gpu.supported_sm_clocks_mhz
+        powers_w = [busy_power_w(gpu, model, work, f) for f in clocks]
+        times_s = [step_time_s(model, work, f) for f in clocks]
+        assert powers_w == sorted(powers_w)
+        assert times_s == sorted(times_s, reverse=True)

@@ -1,0 +1,131 @@
+import copy
+import itertools
+
+import pytest
+import yaml
+
+from agft_ray.errors import ConfigError, GpuArgumentError
+from agft_ray.simulation import profiles
+from agft_ray.simulation.profiles import bundled_profiles, load_gpu_profile
+
+LIMITS = {"rtx_a6000": (210, 2100, 127, 0.768e12), "a100_sxm_80gb": (210, 1410, 81, 2.039e12)}
+
+
+@pytest.fixture
+def values():
+    path = profiles._BUNDLED / "rtx_a6000.yaml"
+    return copy.deepcopy(yaml.safe_load(path.read_text()))
+
+
+def write(tmp_path, values):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_bundled_profiles_are_the_documented_ones():
+    assert bundled_profiles() == ("a100_sxm_80gb", "rtx_a6000")
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_supported_clocks(name):
+    low, high, count, _ = LIMITS[name]
+    clocks = load_gpu_profile(name).supported_sm_clocks_mhz
+    assert (clocks[0], clocks[-1], len(clocks)) == (low, high, count)
+    assert {b - a for a, b in itertools.pairwise(clocks)} == {15}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_decode_attention_reads_the_kv_cache_at_86_percent_of_peak_bandwidth(name):
+    model = load_gpu_profile(name).model_profile("llama-3.1-8b")
+    per_layer = model.kv_bytes_per_token / model.layers
+    expected_us = per_layer / (0.86 * LIMITS[name][3]) * 1e6
+    assert model.attention.decode_context_us == pytest.approx(expected_us, rel=2e-3)
+    assert model.attention.mixed_context_us == pytest.approx(1.9 * expected_us, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_kv_cache_and_weights_fit_the_memory(name):
+    model = load_gpu_profile(name).model_profile("llama-3.1-8b")
+    memory = {"rtx_a6000": 48e9, "a100_sxm_80gb": 80e9}[name] * 1.0737 * 0.9
+    used = model.weights_bytes + model.kv_blocks * 16 * model.kv_bytes_per_token
+    assert 0.93 * memory < used < memory
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_idle_governor_is_named_as_uncertain(name):
+    ranges = load_gpu_profile(name).ranges
+    assert list(ranges)[:2] == ["governor.idle_sm_clock_mhz", "governor.idle_delay_s"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"), [(210, 210), (224, 210), (225, 225), (2099, 2085), (2100, 2100)]
+)
+def test_a_clock_between_two_is_the_one_below(asked, given):
+    assert load_gpu_profile("rtx_a6000").supported_at_or_below(asked) == given
+
+
+@pytest.mark.parametrize("asked", [-5, 0, 209, 2101])
+def test_a_clock_outside_the_range_is_refused_with_the_range(asked):
+    with pytest.raises(GpuArgumentError, match=rf"={asked} is outside .*210\.\.2100 MHz"):
+        load_gpu_profile("rtx_a6000").supported_at_or_below(asked)
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(ConfigError, match=r"'h900'.*a100_sxm_80gb, rtx_a6000"):
+        load_gpu_profile("h900")
+    with pytest.raises(ConfigError, match=r"'gpt-5'.*llama-3\.1-8b"):
+        load_gpu_profile("rtx_a6000").model_profile("gpt-5")
+
+
+def test_a_users_own_file_is_loaded_by_path(tmp_path, values):
+    values["name"] = "mine"
+    assert load_gpu_profile(write(tmp_path, values)).name == "mine"
+    with pytest.raises(ConfigError, match=r"absent\.yaml: 1 problem\n.*cannot be read"):
+        load_gpu_profile(tmp_path / "absent.yaml")
+
+
+def test_every_crossed_value_is_reported_at_once(tmp_path, values):
+    values["min_sm_clock_mhz"] = 2400
+    values["power"]["knee_sm_clock_mhz"] = 1900
+    values["clock_change"]["median_s"] = 0.05
+    values["models"] = {}
+    values["ranges"] = {"governor.idle_delay_s": [3, 9], "power.typo_w": [0, 1]}
+    with pytest.raises(ConfigError) as caught:
+        load_gpu_profile(write(tmp_path, values))
+    fields = [problem.split(":")[0] for problem in caught.value.problems]
+    assert fields == [
+        "min_sm_clock_mhz",
+        "power.knee_sm_clock_mhz",
+        "clock_change.median_s",
+        "models",
+        "ranges.governor.idle_delay_s",
+        "ranges.power.typo_w",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "field"),
+    [
+        (("sm_clock_step_mhz",), 40, "sm_clock_step_mhz"),
+        (("governor", "idle_sm_clock_mhz"), 1801, "governor.idle_sm_clock_mhz"),
+        (("power", "knee_sm_clock_mhz"), 100, "power.knee_sm_clock_mhz"),
+        (("power", "reference_sm_clock_mhz"), 2200, "power.reference_sm_clock_mhz"),
+        (("power", "cap_w"), 0, "power.cap_w"),
+        (("power", "decode", "form"), "magic", "power.decode"),
+        (("power_noise",), float("nan"), "power_noise"),
+        (
+            ("models", "llama-3.1-8b", "reference_sm_clock_mhz"),
+            100,
+            "models.llama-3.1-8b.reference_sm_clock_mhz",
+        ),
+    ],
+)
+def test_bad_values_name_their_field(tmp_path, values, keys, value, field):
+    target = values
+    for key in keys[:-1]:
+        target = target[key]
+    target[keys[-1]] = value
+    with pytest.raises(ConfigError) as caught:
+        load_gpu_profile(write(tmp_path, values))
+    assert caught.value.problems[0].startswith(f"{field}: ")
