@@ -1,0 +1,1 @@
+"""From engine statistics, Ray metrics and energy to windows and features."""
