@@ -1,0 +1,299 @@
+"""A continuous-batching LLM engine without a model: vLLM V1's scheduling, token by token.
+
+It knows no clock and does not wait: a driver asks for a batch, times it and reports its end.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from agft_ray.engine_stats import EngineStats
+from agft_ray.simulation.engine_config import EngineConfig as EngineConfig
+from agft_ray.simulation.physics import StepWork
+from agft_ray.types import EngineSample, Request, RequestTimings
+
+
+class StepDevice(Protocol):
+    """What runs an engine's steps: a GPU, in simulated seconds."""
+
+    def begin_step(self, t_s: float, work: StepWork) -> float:
+        """Start a step at `t_s`, or now if the device is past that; returns its predicted end."""
+        ...
+
+    def step_end_s(self) -> float | None:
+        """The running step's end as known now: clock changes move it; None if none runs."""
+        ...
+
+    def finish_step(self) -> float:
+        """Move to the running step's end and return it."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request inside the engine."""
+
+    request: Request
+    cached: int
+    """Leading tokens of the prompt that the prefix cache holds."""
+    length: int
+    """Tokens known: the prompt and what was generated."""
+    computed: int = 0
+    """Tokens whose KV is held."""
+    blocks: int = 0
+    decoding: bool = False
+    """All of `length` but the newest token is computed."""
+    running: bool = False
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One engine step: the tokens each sequence computes in it, and their sums."""
+
+    scheduled: list[tuple[Sequence, int]]
+    work: StepWork
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token."""
+
+    request_id: str
+    index: int
+    """Place in the output, from 0."""
+    t_s: float
+    timings: RequestTimings | None = None
+    """Of the whole request, with its last token."""
+
+
+class BatchingEngine:
+    """vLLM V1's scheduler over requests whose output lengths are known beforehand.
+
+    Each step has a token budget. Running sequences come first, in the order of their admission
+    (decodes take one token, a partial prefill goes on), then waiting ones, first come first
+    served, prompts being split to fill the budget. KV blocks are taken as tokens are computed. If
+    a running sequence finds none, the most recently admitted one is preempted: its blocks are
+    freed, it goes to the head of the queue and later recomputes prompt and output so far, save
+    what the prefix cache holds. Blocks that vLLM would share between prompts are counted once for
+    each sequence. `chunk_attention_s(tokens, offset)` is the attention time of a prefill chunk.
+    Raises `ValueError` if `config.kv_blocks` is absent: see `EngineConfig.for_model`.
+    """
+
+    def __init__(
+        self, config: EngineConfig, chunk_attention_s: Callable[[int, int], float]
+    ) -> None:
+        if config.kv_blocks is None:
+            raise ValueError("kv_blocks: must be set, got None; see EngineConfig.for_model")
+        self.config = config
+        self._chunk_attention_s = chunk_attention_s
+        self._kv_blocks = self._free_blocks = config.kv_blocks
+        self._sequences: dict[str, Sequence] = {}
+        self._future: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._in_flight: Batch | None = None
+        self._stats = EngineStats()
+
+    @property
+    def is_empty(self) -> bool:
+        """No request is known that is not finished, not even one yet to arrive."""
+        return not self._sequences
+
+    def check(self, request: Request) -> None:
+        """Raise `ValueError` if the request can never be served."""
+        prompt, output = request.prompt_tokens, request.output_tokens
+        if prompt < 1 or output < 1:
+            raise ValueError(
+                f"request {request.request_id}: prompt_tokens {prompt} and output_tokens {output} "
+                "must be at least 1"
+            )
+        if prompt + output > self.config.max_model_len:
+            raise ValueError(
+                f"request {request.request_id}: {prompt} prompt tokens and {output} output tokens "
+                f"exceed max_model_len, which is {self.config.max_model_len}; shorten the request "
+                "or raise max_model_len"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request; it is visible to `schedule` from its `arrival_s` on.
+
+        Raises `ValueError` if it does not fit `max_model_len` or its id is in use.
+        """
+        self.check(request)
+        if request.request_id in self._sequences:
+            raise ValueError(
+                f"request {request.request_id}: the id is in use; choose another until it finishes"
+            )
+        prompt = request.prompt_tokens
+        sequence = Sequence(request, cached=self.config.cached_tokens(prompt), length=prompt)
+        self._sequences[request.request_id] = sequence
+        bisect.insort(self._future, sequence, key=_arrival_s)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request wherever it is, also from the batch that runs; False if unknown."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        for queue in (self._running, self._waiting, self._future):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._release(sequence)
+        return True
+
+    def next_arrival_s(self) -> float | None:
+        """When the next request arrives of those `schedule` has not seen; None if there is none."""
+        return _arrival_s(self._future[0]) if self._future else None
+
+    def schedule(self, now_s: float) -> Batch | None:
+        """The next step's batch, of requests that arrived by `now_s`; None if there are none.
+
+        The batch must be given to `complete` before the next call.
+        """
+        assert self._in_flight is None, "complete the last batch before scheduling the next"
+        self._receive_arrivals(now_s)
+        scheduled: list[tuple[Sequence, int]] = []
+        preemptions = self._stats.preemptions
+        budget = self._schedule_running(scheduled)
+        if self._stats.preemptions == preemptions:
+            budget = self._schedule_waiting(scheduled, budget)
+        assert budget >= 0
+        if scheduled:
+            self._in_flight = Batch(scheduled, self._work(scheduled))
+        return self._in_flight
+
+    def complete(self, batch: Batch, start_s: float, end_s: float) -> list[TokenEvent]:
+        """Account for a step that ran from `start_s` to `end_s`; returns the tokens it emitted."""
+        assert batch is self._in_flight, "only the batch scheduled last can be completed"
+        self._in_flight = None
+        self._stats.on_step(
+            prefill_tokens=batch.work.prefill_tokens,
+            decode_tokens=batch.work.decode_sequences,
+            time_s=end_s - start_s,
+        )
+        events = []
+        for sequence, tokens in batch.scheduled:
+            if sequence.running:  # else aborted meanwhile
+                sequence.computed += tokens
+                if sequence.computed == sequence.length:
+                    events.append(self._emit(sequence, end_s))
+        return events
+
+    def sample(self, t_s: float) -> EngineSample:
+        """The statistics at `t_s`. Requests that arrived since the last `schedule` are waiting."""
+        arrived = bisect.bisect_right(self._future, t_s, key=_arrival_s)
+        return self._stats.sample(
+            t_s=t_s,
+            running=len(self._running),
+            waiting=len(self._waiting) + arrived,
+            kv_cache_usage=1.0 - self._free_blocks / self._kv_blocks,
+        )
+
+    def _receive_arrivals(self, now_s: float) -> None:
+        if self._future and _arrival_s(self._future[0]) <= now_s:
+            arrived = bisect.bisect_right(self._future, now_s, key=_arrival_s)
+            self._waiting.extend(self._future[:arrived])
+            del self._future[:arrived]
+
+    def _schedule_running(self, scheduled: list[tuple[Sequence, int]]) -> int:
+        budget = self.config.max_num_batched_tokens
+        for sequence in self._running:  # preemption pops from the end, never what is scheduled
+            tokens = min(sequence.length - sequence.computed, budget)
+            if not tokens or not self._make_room(sequence, sequence.computed + tokens):
+                break
+            scheduled.append((sequence, tokens))
+            budget -= tokens
+        return budget
+
+    def _schedule_waiting(self, scheduled: list[tuple[Sequence, int]], budget: int) -> int:
+        while self._waiting and budget and len(self._running) < self.config.max_num_seqs:
+            sequence = self._waiting[0]
+            tokens = min(sequence.length - sequence.cached, budget)
+            if not self._allocate(sequence, sequence.cached + tokens):
+                break
+            sequence.computed, sequence.running = sequence.cached, True
+            self._running.append(self._waiting.popleft())
+            scheduled.append((sequence, tokens))
+            budget -= tokens
+        return budget
+
+    def _make_room(self, sequence: Sequence, tokens: int) -> bool:
+        while not self._allocate(sequence, tokens):
+            victim = self._running.pop()
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _allocate(self, sequence: Sequence, tokens: int) -> bool:
+        size = self.config.block_size
+        missing = (tokens + size - 1) // size - sequence.blocks
+        if missing > self._free_blocks:
+            return False
+        if missing > 0:
+            sequence.blocks += missing
+            self._free_blocks -= missing
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        self._waiting.appendleft(sequence)
+        self._stats.on_preemption()
+
+    def _release(self, sequence: Sequence) -> None:
+        self._free_blocks += sequence.blocks
+        sequence.blocks = sequence.computed = 0
+        sequence.running = sequence.decoding = False
+        assert self._free_blocks <= self._kv_blocks
+
+    def _work(self, scheduled: list[tuple[Sequence, int]]) -> StepWork:
+        prefill_tokens = decode_sequences = context_tokens = 0
+        attention_s = 0.0
+        for sequence, tokens in scheduled:
+            if sequence.decoding:
+                decode_sequences += 1
+                context_tokens += sequence.length
+            else:
+                prefill_tokens += tokens
+                attention_s += self._chunk_attention_s(tokens, sequence.computed)
+        return StepWork(prefill_tokens, decode_sequences, context_tokens, attention_s)
+
+    def _emit(self, sequence: Sequence, t_s: float) -> TokenEvent:
+        request = sequence.request
+        index = sequence.length - request.prompt_tokens
+        if index == 0:
+            self._stats.on_prompt(tokens=request.prompt_tokens, cached_tokens=sequence.cached)
+            self._stats.on_first_token(ttft_s=t_s - request.arrival_s)
+            sequence.first_token_s = t_s
+        else:
+            self._stats.on_token(itl_s=t_s - sequence.last_token_s)
+        sequence.last_token_s = t_s
+        sequence.length += 1
+        sequence.decoding = True
+        timings = self._finish(sequence) if index + 1 == request.output_tokens else None
+        return TokenEvent(request.request_id, index, t_s, timings)
+
+    def _finish(self, sequence: Sequence) -> RequestTimings:
+        request = sequence.request
+        del self._sequences[request.request_id]
+        self._running.remove(sequence)
+        self._release(sequence)
+        e2e_s = sequence.last_token_s - request.arrival_s
+        self._stats.on_finish(e2e_s=e2e_s)
+        return RequestTimings(
+            request_id=request.request_id,
+            arrival_s=request.arrival_s,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=request.output_tokens,
+            ttft_s=sequence.first_token_s - request.arrival_s,
+            e2e_s=e2e_s,
+        )
+
+
+def _arrival_s(sequence: Sequence) -> float:
+    return sequence.request.arrival_s
