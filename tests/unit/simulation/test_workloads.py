@@ -1,8 +1,6 @@
 """The generator against the published figures of the trace it resembles; reading and refusing."""
 
 import itertools
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +10,6 @@ from agft_ray.simulation.workloads import generate_conversation, read_azure_trac
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 ROW = "2023-11-16 18:15:46.6805900,374,44\n"
-
-DATA = Path(os.environ.get("AGFT_RAY_DATA", Path(__file__).parents[4] / "shared/data"))
-TRACE = DATA / "traces/azure2023_conv.csv"
 
 
 def cv(requests):
@@ -157,9 +152,8 @@ def test_a_missing_file_is_named(tmp_path):
         list(read_azure_trace(tmp_path / "absent.csv"))
 
 
-@pytest.mark.skipif(not TRACE.exists(), reason=f"the real trace is not at {TRACE}")
-def test_the_real_trace_has_its_published_figures():
-    requests = list(read_azure_trace(TRACE))
+def test_the_real_trace_has_its_published_figures(conversation_trace):
+    requests = list(read_azure_trace(conversation_trace))
     assert len(requests) == 19_366
     assert requests[-1].arrival_s == pytest.approx(3502, abs=0.5)
     assert cv(requests) == pytest.approx(1.09, abs=0.005)

@@ -1,0 +1,1 @@
+"""Running policies in virtual time and replaying traces against an endpoint."""
