@@ -1,0 +1,59 @@
+"""What every policy is: a pure choice, a way to learn, and statistics that can be shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from agft_ray.types import Context, Decision, Experience, Outcome, Prior
+
+
+class Policy(Protocol):
+    """Chooses an SM clock for the next window.
+
+    A policy sees windows only, as frozen values; it is deterministic from its settings and its
+    seed. `arms` is always the ascending list of clocks the GPU supports within the configured
+    bounds; which of them a policy considers is its own affair. Default clocks (None) are always
+    allowed.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def select(self, context: Context, arms: Sequence[int]) -> Decision:
+        """The choice for this context. Pure: calling it twice changes nothing."""
+        ...
+
+    def select_idle(self, arms: Sequence[int]) -> Decision:
+        """The choice while the engine is empty. Pure."""
+        ...
+
+    def update(self, outcome: Outcome) -> None:
+        """Learn from one window. A non-finite context or reward raises `ValueError` and leaves
+        the policy as it was; an empty window (no token emitted) is ignored.
+        """
+        ...
+
+    def experience(self) -> Experience | None:
+        """All that was learned from this replica's own windows; None if the policy learns
+        nothing. Cumulative, so that handing it over twice is harmless.
+        """
+        ...
+
+    def merge(self, prior: Prior) -> None:
+        """Take the experience of others as the prior, in place of the one before."""
+        ...
+
+    def snapshot(self) -> dict[str, Any]:
+        """The whole state as JSON-able values; `restore` on a policy with the same settings
+        continues identically.
+        """
+        ...
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Continue from a snapshot; raises `ValueError` if it does not fit."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """For people: phase, current best arm and the like, as JSON-able values."""
+        ...

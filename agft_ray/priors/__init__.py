@@ -1,0 +1,1 @@
+"""Experience of replicas, added up into priors."""
