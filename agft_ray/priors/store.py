@@ -1,0 +1,151 @@
+"""What the fleet knows: every replica's experience and state, and the priors made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from agft_ray.clock import Clock
+from agft_ray.policy.statistics import validate
+from agft_ray.priors.merge import add
+from agft_ray.types import Experience, Prior, PriorKey
+
+MAX_RETIRED = 64
+"""Experience of replicas that are gone is kept singly up to this many, then added up."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReport:
+    """What a replica's tuner tells the fleet, again and again.
+
+    Attributes:
+        replica: unique id of the replica.
+        deployment: what its rank is unique in, as 'application#deployment'.
+        rank: the replica's rank in Ray Serve, read afresh; None while unknown.
+        key: what its experience may be added to.
+        experience: all it has learned so far (cumulative, so a repeated report changes nothing).
+        status: figures for people, passed on as they are.
+    """
+
+    replica: str
+    deployment: str
+    rank: int | None
+    key: PriorKey
+    experience: Experience | None
+    status: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FleetReply:
+    """What a replica learns in return.
+
+    `order` is its place (from 0) among the deployment's live replicas by rank: holdouts are the
+    first of them. `prior` is the sum of all other replicas' experience under its key.
+    """
+
+    order: int
+    live: int
+    prior: Prior | None
+
+
+@dataclass(slots=True)
+class _Member:
+    report: ReplicaReport
+    seen_s: float
+    alive: bool = True
+
+
+class ExperienceStore:
+    """Adds up experience exactly, each replica's once.
+
+    A replica's report replaces its previous one, and a prior leaves out the experience of the
+    replica that asks, so nothing is counted twice however often anything is sent. A replica is
+    live until it has been silent for `expiry_s` or another has taken its rank; its experience
+    stays. Of replicas that are gone, the oldest are added up and forgotten singly; should one of
+    them come back, what it reports then is not added again.
+    """
+
+    def __init__(self, *, clock: Clock, expiry_s: float) -> None:
+        self._clock = clock
+        self._expiry_s = expiry_s
+        self._members: dict[str, _Member] = {}
+        self._folded: dict[PriorKey, tuple[Experience, int]] = {}
+        self._folded_replicas: set[str] = set()
+        self._version = 0
+
+    def report(self, report: ReplicaReport) -> FleetReply:
+        """Take a report; raises `PriorError`, and keeps the previous one, if it is malformed."""
+        if report.experience is not None:
+            validate(report.experience)
+        now_s = self._clock.now_s()
+        for member in self._members.values():
+            if report.rank is not None and _slot(member.report) == _slot(report):
+                member.alive = False
+        if report.replica in self._folded_replicas:
+            report = dataclasses.replace(report, experience=None)
+        self._members[report.replica] = _Member(report, now_s)
+        self._version += 1
+        self._expire(now_s)
+        live = self._live(report.deployment)
+        return FleetReply(live.index(report.replica), len(live), self._prior(report))
+
+    def statuses(self, deployment: str | None = None) -> list[dict[str, Any]]:
+        """The last status of every known replica (of one deployment), with `alive` added."""
+        self._expire(self._clock.now_s())
+        return [
+            {**member.report.status, "replica": replica, "alive": member.alive}
+            for replica, member in self._members.items()
+            if deployment in (None, member.report.deployment)
+        ]
+
+    def _live(self, deployment: str) -> list[str]:
+        live = [
+            (member.report.rank is None, member.report.rank or 0, replica)
+            for replica, member in self._members.items()
+            if member.alive and member.report.deployment == deployment
+        ]
+        return [replica for *_, replica in sorted(live)]
+
+    def _prior(self, report: ReplicaReport) -> Prior | None:
+        key = report.key
+        others = [
+            member.report.experience
+            for replica, member in self._members.items()
+            if replica != report.replica
+            and member.report.key == key
+            and member.report.experience is not None
+        ]
+        replicas = len(others)
+        if key in self._folded:
+            experience, count = self._folded[key]
+            others.append(experience)
+            replicas += count
+        if not others:
+            return None
+        return Prior(key, self._version, replicas, add(others))
+
+    def _expire(self, now_s: float) -> None:
+        for member in self._members.values():
+            member.alive = member.alive and now_s - member.seen_s <= self._expiry_s
+        gone = sorted(
+            (member.seen_s, replica)
+            for replica, member in self._members.items()
+            if not member.alive
+        )
+        for _, replica in gone[: max(0, len(gone) - MAX_RETIRED)]:
+            self._fold(self._members.pop(replica).report)
+
+    def _fold(self, report: ReplicaReport) -> None:
+        if report.experience is None:
+            return
+        self._folded_replicas.add(report.replica)
+        if report.key in self._folded:
+            experience, count = self._folded[report.key]
+            self._folded[report.key] = (add([experience, report.experience]), count + 1)
+        else:
+            self._folded[report.key] = (report.experience, 1)
+
+
+def _slot(report: ReplicaReport) -> tuple[str, int | None]:
+    return report.deployment, report.rank

@@ -1,0 +1,119 @@
+"""A tuner's settings: what `user_config` of a tuned deployment holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from agft_ray.config import Count, NonNegative, Positive, StrictModel
+from agft_ray.policy.agft_config import AgftConfig
+from agft_ray.policy.registry import PolicyConfig
+
+PUSH_INTERVAL_S = 0.1
+"""Wall time between pushes of engine statistics from the replica to its tuner."""
+MIN_PUSHES_PER_WINDOW = 2
+
+
+class SloConfig(StrictModel):
+    """Latencies a window's mean should not exceed, in seconds of the engine's clock."""
+
+    ttft_s: Positive | None = None
+    """Time to first token."""
+    tpot_s: Positive | None = None
+    """Time per output token."""
+
+    @model_validator(mode="after")
+    def _plausible(self) -> SloConfig:
+        for name in ("ttft_s", "tpot_s"):
+            value = getattr(self, name)
+            if value is not None and value > 600:
+                raise ValueError(
+                    f"{name} is {value:g} s, more than 10 minutes; it is in seconds, "
+                    f"did you mean {value / 1000:g}?"
+                )
+        return self
+
+
+class TunerConfig(StrictModel):
+    """How a replica's frequency tuner works. All of it may be changed on live replicas."""
+
+    mode: Literal["off", "observe", "control"] = "control"
+    """off: no tuner work at all; observe: measure and recommend; control: set SM clocks."""
+    policy: PolicyConfig = Field(default_factory=AgftConfig)
+    """Which policy chooses the clock, and its parameters."""
+    objective: Literal["energy", "edp", "ed2p"] = "edp"
+    """What a window is judged by: power x TPOT^m with m = 0, 1 or 2."""
+    slo: SloConfig = Field(default_factory=SloConfig)
+    """Latency bounds; beyond them a window is penalised, and a lasting violation resets clocks."""
+    window_s: float = Field(default=2.0, ge=0.5)
+    """Length of one observation window."""
+    settle_s: NonNegative = 0.2
+    """Time after a clock change that no window covers."""
+    min_sm_clock_mhz: Count | None = None
+    """Lowest SM clock a policy may choose; None: the GPU's lowest."""
+    max_sm_clock_mhz: Count | None = None
+    """Highest SM clock a policy may choose; None: the GPU's highest."""
+    idle_windows: Count = 3
+    """Empty windows in a row after which the policy's idle clock is set."""
+    stale_after_s: Positive = 2.0
+    """Age beyond which the engine's statistics count as missing."""
+    stale_windows: Count = 2
+    """Windows in a row without statistics (or throttled) after which clocks are reset."""
+    slo_windows: Count = 2
+    """Windows in a row beyond an SLO after which clocks are reset for a while."""
+    cooldown_windows: Count = 10
+    """How many windows default clocks are kept after such a reset."""
+    holdout_replicas: int = Field(default=0, ge=0)
+    """How many live replicas, by order of rank, stay at default clocks as the baseline."""
+    share_experience: bool = True
+    """Report experience to the fleet's aggregator and take its priors."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TunerConfig:
+        problems = []
+        low, high = self.min_sm_clock_mhz, self.max_sm_clock_mhz
+        if low is not None and high is not None and low > high:
+            problems.append(
+                f"min_sm_clock_mhz ({low}) must not exceed max_sm_clock_mhz ({high}); swap them"
+            )
+        if self.settle_s >= self.window_s:
+            problems.append(
+                f"settle_s ({self.settle_s:g}) must be smaller than window_s ({self.window_s:g}); "
+                "lengthen the window"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def arms(self, supported_sm_clocks_mhz: Sequence[int]) -> tuple[int, ...]:
+        """The clocks a policy may choose of those a GPU supports; raises `ValueError` if none."""
+        supported = supported_sm_clocks_mhz
+        low = self.min_sm_clock_mhz or supported[0]
+        high = self.max_sm_clock_mhz or supported[-1]
+        arms = tuple(clock for clock in supported if low <= clock <= high)
+        if not arms:
+            raise ValueError(
+                f"no supported SM clock lies between min_sm_clock_mhz={low} and "
+                f"max_sm_clock_mhz={high}; this GPU supports {supported[0]}..{supported[-1]} MHz"
+            )
+        return arms
+
+
+def check_pushes(config: TunerConfig, *, speed: float) -> None:
+    """Refuse a speed at which a window would hold fewer than two engine pushes.
+
+    Pushes come every `PUSH_INTERVAL_S` of wall time, `config.window_s` is the loop's time, which
+    runs `speed` times faster. Raises `ValueError`.
+    """
+    pushes = config.window_s / (speed * PUSH_INTERVAL_S)
+    if pushes < MIN_PUSHES_PER_WINDOW:
+        fastest = config.window_s / (MIN_PUSHES_PER_WINDOW * PUSH_INTERVAL_S)
+        shortest_s = speed * PUSH_INTERVAL_S * MIN_PUSHES_PER_WINDOW
+        raise ValueError(
+            f"speed {speed:g} leaves {pushes:.2g} engine pushes ({PUSH_INTERVAL_S:g} s of wall "
+            f"time apart) in a window of {config.window_s:g} s, at least {MIN_PUSHES_PER_WINDOW} "
+            f"are needed; use a speed of at most {fastest:g} or a window_s of at least "
+            f"{shortest_s:g}"
+        )

@@ -1,0 +1,288 @@
+"""THE LOOP: read -> window -> context -> policy -> clock -> reward, and back to default clocks
+whenever it cannot know. Plain Python; GPU, metrics, policy and clock are injected.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+from agft_ray.clock import Clock
+from agft_ray.errors import GpuError, GpuLostError, GpuTransientError, StaleMetricsError
+from agft_ray.gpu.base import Gpu
+from agft_ray.policy.base import Policy
+from agft_ray.policy.registry import build_policy
+from agft_ray.policy.reward import DELAY_EXPONENTS, Reward
+from agft_ray.settings import TunerConfig
+from agft_ray.telemetry.engine_inbox import EngineInbox
+from agft_ray.telemetry.features import extract
+from agft_ray.telemetry.ray_metrics import ServeMetrics
+from agft_ray.telemetry.windows import WindowRejectedError, close_window
+from agft_ray.types import THROTTLED, Arm, Context, Decision, Mode, Outcome, Prior, Window
+
+log = logging.getLogger(__name__)
+
+READINGS_PER_WINDOW = 8
+"""GPU readings in a window: they place the energy counter in time and average the clock."""
+MAX_FAULTS = 5
+"""Faults in a row after which the tuner stops for good; serving goes on at default clocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowRecord:
+    """What one control step saw and did; `window` is None where none could be had."""
+
+    t_s: float
+    window: Window | None
+    reward: float | None
+    decision: Decision
+    note: str = ""
+
+
+class Tuner:
+    """Tunes one GPU (group) for one engine.
+
+    Guarantees: the clocks are reset before anything else, whenever statistics, energy or the GPU
+    cannot be trusted for `stale_windows` windows, after any exception, on `stop`, and when the
+    generator is closed. A policy learns only from windows that are evidence about their clock.
+
+    `run` is a generator of wake-up times on `clock`: whoever drives it sleeps until the time it
+    yields (or less: being resumed early is harmless) and resumes it; under Ray that is a thread,
+    in virtual time the event loop of the simulation. All other methods may be called from other
+    threads; they take effect at the loop's next step.
+    """
+
+    def __init__(
+        self,
+        config: TunerConfig,
+        *,
+        gpu: Gpu,
+        engine: EngineInbox,
+        serve: ServeMetrics,
+        clock: Clock,
+        policy: Policy | None = None,
+        on_record: Callable[[WindowRecord], None] = lambda record: None,
+    ) -> None:
+        self.config = config
+        self.gpu, self.engine, self.serve, self.clock = gpu, engine, serve, clock
+        self.policy = policy or build_policy(config.policy)
+        self.holdout = False
+        """Keep default clocks whatever the policy says, as the baseline of others."""
+        self.state = "starting"
+        self.clock_changes = 0
+        self._on_record = on_record
+        self._pending: TunerConfig | None = None
+        self._prior: Prior | None = None
+        self._stopped = False
+        self._locked: Arm = None
+        self._settled_s = 0.0
+        self._context: Context | None = None
+        self._idle = self._blind = self._beyond_slo = self._cooldown = self._faults = 0
+        self._apply(config)
+
+    # -- control from outside ------------------------------------------------------------------
+
+    def reconfigure(self, config: TunerConfig) -> None:
+        """Take new settings at the next step.
+
+        What was learned stays, unless the policy's own settings or what a reward means (objective,
+        SLOs) changed. Raises `ValueError`, and changes nothing, if no supported clock lies within
+        the bounds.
+        """
+        config.arms(self.gpu.supported_sm_clocks_mhz)
+        self._pending = config
+
+    def offer_prior(self, prior: Prior) -> None:
+        """Have the policy take a prior at the next step."""
+        self._prior = prior
+
+    def stop(self) -> None:
+        """End the loop at its next step; it resets the clocks on its way out."""
+        self._stopped = True
+
+    @property
+    def mode(self) -> Mode:
+        return Mode(self.config.mode)
+
+    @property
+    def waits_for_work(self) -> bool:
+        """True while the engine has been empty for long: resume the loop once it is not."""
+        return self._idle >= self.config.idle_windows
+
+    def _apply(self, config: TunerConfig) -> None:
+        def learning(c: TunerConfig) -> tuple[object, ...]:
+            return c.policy, c.objective, c.slo
+
+        if learning(config) != learning(self.config):
+            self.policy = build_policy(config.policy)
+        self.arms = config.arms(self.gpu.supported_sm_clocks_mhz)
+        self.reward = Reward(
+            DELAY_EXPONENTS[config.objective], config.slo.ttft_s, config.slo.tpot_s
+        )
+        self.config = config
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def run(self) -> Generator[float, None, None]:
+        """Run until `stop`, yielding the time at which to be resumed.
+
+        Raises `GpuLostError` if the GPU is gone; every other fault is dealt with inside.
+        """
+        try:
+            while not self._stopped:
+                try:
+                    if self.state == "starting":
+                        self._set_clock(None, force=True)
+                    yield from self._step()
+                    self._faults = 0
+                except GpuLostError:
+                    self.state = "gpu lost"
+                    raise
+                except Exception as error:
+                    yield self._after_fault(error)
+        finally:
+            if self._reset() and self.state not in ("gpu lost", "fault"):
+                self.state = "stopped"
+
+    def _step(self) -> Iterator[float]:
+        """Observe one window, learn from it, choose the next clock and set it."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._apply(pending)
+        if self._prior is not None:
+            prior, self._prior = self._prior, None
+            self.policy.merge(prior)
+        if self.mode is not Mode.CONTROL:
+            self._set_clock(None)
+        if self.mode is Mode.OFF:
+            self.state = "off"
+            yield self.clock.now_s() + self.config.window_s
+            return
+        window, note = yield from self._observe()
+        reward = self._learn(window) if window else None
+        decision = self._decide(window)
+        self._set_clock(decision.arm if self.mode is Mode.CONTROL else None)
+        self._on_record(WindowRecord(self.clock.now_s(), window, reward, decision, note))
+
+    def _observe(self) -> Generator[float, None, tuple[Window | None, str]]:
+        """One window under the present clock; or None, and why there is none."""
+        config = self.config
+        start_s = max(self.clock.now_s(), self._settled_s)
+        end_s = start_s + config.window_s
+        yield start_s
+        readings = [self.gpu.read()]
+        while (now_s := self.clock.now_s()) < end_s:
+            if self._stopped or self._pending is not None:
+                return None, "interrupted"
+            if self.waits_for_work and not self._engine_is_idle():
+                return None, "woken"
+            yield min(now_s + config.window_s / READINGS_PER_WINDOW, end_s)
+            readings.append(self.gpu.read())
+        try:
+            self.engine.latest(self.clock.now_s(), config.stale_after_s)
+            window = close_window(
+                arm=self._locked,
+                window_s=config.window_s,
+                engine=self.engine.since(start_s),
+                gpu=readings,
+                serve=self.serve.window(self.clock.now_s()),
+            )
+        except (StaleMetricsError, WindowRejectedError) as error:
+            return None, str(error)
+        return window, ""
+
+    def _engine_is_idle(self) -> bool:
+        """Whether the engine is known to be empty; missing statistics are not."""
+        try:
+            return self.engine.latest(self.clock.now_s(), self.config.stale_after_s).is_idle
+        except StaleMetricsError:
+            return False
+
+    def _learn(self, window: Window) -> float | None:
+        """Hand the window to the policy if it is evidence about its clock; returns its reward."""
+        reward = self.reward(window)
+        if reward is None or window.event_reasons & THROTTLED:
+            return reward
+        observed = None if window.arm is None else self._nearest_arm(window.sm_clock_mhz)
+        outcome = Outcome(window.arm, observed, extract(window), reward, window)
+        self.policy.update(outcome)
+        return reward
+
+    def _nearest_arm(self, sm_clock_mhz: float) -> int:
+        clocks = self.gpu.supported_sm_clocks_mhz
+        return min(clocks, key=lambda clock: abs(clock - sm_clock_mhz))
+
+    def _decide(self, window: Window | None) -> Decision:
+        """The next arm. Default clocks wherever the loop cannot know or must not interfere."""
+        was_waiting = self.waits_for_work
+        throttled = window is not None and bool(window.event_reasons & THROTTLED)
+        self._count(window, throttled)
+        if self._blind >= self.config.stale_windows:
+            self._cooldown = self.config.cooldown_windows if throttled else 0
+            return self._rest("throttled" if throttled else "blind")
+        if self._beyond_slo >= self.config.slo_windows and self._locked is not None:
+            self._beyond_slo, self._cooldown = 0, self.config.cooldown_windows
+        if self._cooldown > 0:
+            self._cooldown -= 1
+            return self._rest("cooldown")
+        if self.holdout:
+            return self._rest("holdout")
+        self.state = "tuning" if self.mode is Mode.CONTROL else "observing"
+        if self.waits_for_work:
+            return self.policy.select_idle(self.arms)
+        if window is not None and not window.is_idle:
+            self._context = extract(window)
+        if self._context is None:
+            return Decision(None, "no load yet")
+        if (window is None or throttled) and not was_waiting:
+            return Decision(self._locked, "hold")
+        return self.policy.select(self._context, self.arms)
+
+    def _count(self, window: Window | None, throttled: bool) -> None:
+        """Windows in a row that were blind, empty, or beyond an SLO."""
+        self._blind = self._blind + 1 if window is None or throttled else 0
+        self._idle = self._idle + 1 if window is not None and window.is_idle else 0
+        if window is not None:
+            self._beyond_slo = self._beyond_slo + 1 if self.reward.violates_slo(window) else 0
+
+    def _rest(self, state: str) -> Decision:
+        self.state = state
+        return Decision(None, state)
+
+    # -- the GPU -------------------------------------------------------------------------------
+
+    def _set_clock(self, arm: Arm, *, force: bool = False) -> None:
+        """Lock or reset, only when it changes something; then let the clock settle."""
+        if arm == self._locked and not force:
+            return
+        if arm is None:
+            self.gpu.reset()
+        else:
+            self.gpu.lock(arm)
+        self.clock_changes += not force
+        self._locked = arm
+        self._settled_s = self.clock.now_s() + self.config.settle_s
+
+    def _after_fault(self, error: Exception) -> float:
+        """Back to default clocks. Tries again a while later, but neither for ever nor in vain."""
+        self._faults += 1
+        log.error(
+            "tuner fault %d of %d, clocks are reset", self._faults, MAX_FAULTS, exc_info=error
+        )
+        self.state = "fault"
+        self._idle = self._blind = self._beyond_slo = 0
+        self._reset()
+        permanent = isinstance(error, GpuError) and not isinstance(error, GpuTransientError)
+        self._stopped = permanent or self._faults >= MAX_FAULTS
+        return self.clock.now_s() + float(self.config.window_s * 2**self._faults)
+
+    def _reset(self) -> bool:
+        """Reset the clocks whatever state things are in; False if the GPU refuses."""
+        self._locked = None
+        try:
+            self.gpu.reset()
+        except GpuError:
+            log.exception("clocks of %s could not be reset", self.gpu.uuid)
+            return False
+        return True

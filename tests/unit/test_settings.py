@@ -1,0 +1,45 @@
+import math
+
+import pytest
+
+from agft_ray.config import parse
+from agft_ray.errors import ConfigError
+from agft_ray.settings import TunerConfig, check_pushes
+
+
+def problems(data):
+    with pytest.raises(ConfigError) as caught:
+        parse(TunerConfig, data, source="user_config")
+    return "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"slo": {"tpot_s": math.nan}}, "slo.tpot_s"),
+        ({"slo": {"ttft_s": 2000.0}}, "did you mean 2?"),
+        ({"min_sm_clock_mhz": 1980, "max_sm_clock_mhz": 1200}, "(1980) must not exceed"),
+        ({"settle_s": 2.0, "window_s": 1.0}, "settle_s (2) must be smaller than window_s (1)"),
+        ({"mode": "contorl"}, "mode"),
+        ({"policy": {"name": "agft", "alhpa": 1.0}}, "unknown setting"),
+        ({"policy": {"name": "wishful"}}, "policy"),
+        ({"holdout_replicas": -1}, "holdout_replicas"),
+        ({"window_s": 0.1}, "window_s"),
+    ],
+)
+def test_bad_settings_name_field_value_and_rule(data, words):
+    assert words in problems(data)
+
+
+def test_a_user_config_survives_its_way_through_json():
+    config = TunerConfig(slo={"tpot_s": 0.1}, policy={"name": "fixed", "sm_clock_mhz": 1230})
+    assert parse(TunerConfig, config.model_dump(), source="user_config") == config
+
+
+def test_speed_that_leaves_too_few_pushes_is_refused():
+    config = TunerConfig(window_s=2.0)
+    check_pushes(config, speed=10.0)
+    with pytest.raises(
+        ValueError, match=r"speed 20 leaves 1 engine pushes.*at most 10.*at least 4"
+    ):
+        check_pushes(config, speed=20.0)

@@ -1,0 +1,360 @@
+"""The loop against a scripted GPU and engine, in virtual time."""
+
+import pytest
+
+from agft_ray.clock import ManualClock
+from agft_ray.errors import (
+    GpuLostError,
+    GpuPermissionError,
+    GpuTransientError,
+)
+from agft_ray.settings import TunerConfig
+from agft_ray.telemetry.engine_inbox import EngineInbox
+from agft_ray.telemetry.ray_metrics import ServeMetrics
+from agft_ray.tuner import MAX_FAULTS, Tuner
+from agft_ray.types import Decision, EngineSample, EventReason, GpuSample
+
+
+class ScriptedGpu:
+    """A fake GPU: does what it is told at once, remembers every call, fails on demand."""
+
+    uuid, model = "GPU-scripted", "Scripted"
+    supported_sm_clocks_mhz = tuple(range(210, 2101, 15))
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.locked = 1500  # left behind by somebody
+        self.calls = []
+        self.read_error = self.lock_error = self.reset_error = None
+        self.reasons = EventReason.NONE
+        self.energy_stuck = False
+
+    def read(self):
+        if self.read_error:
+            raise self.read_error
+        t_s = self.clock.now_s()
+        power_w = 300.0 if self.locked is None else 100.0 + self.locked / 15
+        return GpuSample(
+            t_s=t_s,
+            power_w=power_w,
+            energy_j=0.0 if self.energy_stuck else power_w * t_s,
+            energy_t_s=0.0 if self.energy_stuck else t_s,
+            sm_clock_mhz=self.locked or 2100,
+            locked_sm_clock_mhz=self.locked,
+            event_reasons=self.reasons,
+        )
+
+    def lock(self, sm_clock_mhz):
+        if self.lock_error:
+            raise self.lock_error
+        self.calls.append(sm_clock_mhz)
+        self.locked = sm_clock_mhz
+
+    def reset(self):
+        if self.reset_error:
+            raise self.reset_error
+        self.calls.append(None)
+        self.locked = None
+
+
+class ScriptedPolicy:
+    """Plays the given arms in turn and remembers what it was told."""
+
+    name = "scripted"
+
+    def __init__(self, *arms):
+        self.arms = list(arms) or [1230]
+        self.outcomes = []
+        self.prior = None
+        self.error = None
+
+    def select(self, context, arms):
+        if self.error:
+            raise self.error
+        return Decision(self.arms[len(self.outcomes) % len(self.arms)], "scripted")
+
+    def select_idle(self, arms):
+        return Decision(arms[0], "idle")
+
+    def update(self, outcome):
+        self.outcomes.append(outcome)
+
+    def merge(self, prior):
+        self.prior = prior
+
+
+class Bench:
+    """A tuner on scripted parts; `run(seconds)` drives it in steps of its own wake-ups."""
+
+    def __init__(self, *arms, **settings):
+        self.clock = ManualClock()
+        self.gpu = ScriptedGpu(self.clock)
+        self.inbox = EngineInbox()
+        self.policy = ScriptedPolicy(*arms)
+        self.records = []
+        self.load = True
+        self.silent = False
+        self.itl_s = 0.02
+        self.counters = {"tokens": 0, "itl": 0.0}
+        self.tuner = Tuner(
+            TunerConfig(**settings),
+            gpu=self.gpu,
+            engine=self.inbox,
+            serve=ServeMetrics(max_age_s=10.0),
+            clock=self.clock,
+            policy=self.policy,
+            on_record=self.records.append,
+        )
+        self.loop = self.tuner.run()
+        self.push()
+
+    def push(self):
+        if self.silent:
+            return
+        if self.load:
+            self.counters["tokens"] += 10
+            self.counters["itl"] += 10 * self.itl_s
+        tokens = self.counters["tokens"]
+        self.inbox.push(
+            EngineSample(
+                t_s=self.clock.now_s(),
+                running=int(self.load),
+                generation_tokens=tokens,
+                iterations=tokens,
+                iteration_tokens=tokens,
+                itl_sum_s=self.counters["itl"],
+                itl_count=tokens,
+            )
+        )
+
+    def run(self, seconds):
+        end_s = self.clock.now_s() + seconds
+        while self.clock.now_s() < end_s:
+            wake_s = next(self.loop, None)
+            if wake_s is None:
+                return
+            while self.clock.now_s() < wake_s:
+                self.clock.advance_to(min(wake_s, self.clock.now_s() + 0.1))
+                self.push()
+
+    @property
+    def decisions(self):
+        return [record.decision for record in self.records]
+
+
+def test_clocks_are_reset_before_anything_else_and_after_everything():
+    bench = Bench(1230)
+    bench.run(0.1)
+    assert bench.gpu.calls == [None]
+    bench.run(5.0)
+    assert bench.gpu.locked == 1230
+    bench.loop.close()
+    assert bench.gpu.locked is None
+    assert bench.tuner.state == "stopped"
+
+
+def test_one_call_per_change_and_no_call_without_one():
+    bench = Bench(1230)
+    bench.run(30.0)
+    assert bench.gpu.calls == [None, 1230]
+    assert bench.tuner.clock_changes == 1
+
+
+def test_the_reward_is_credited_to_the_clock_that_was_observed():
+    bench = Bench(1230)
+    original = bench.gpu.read
+    bench.gpu.read = lambda: __import__("dataclasses").replace(original(), sm_clock_mhz=1172)
+    bench.run(10.0)
+    outcome = bench.policy.outcomes[-1]
+    assert (outcome.requested, outcome.arm) == (1230, 1170)
+
+
+def test_no_window_covers_the_settling_of_a_clock():
+    bench = Bench(1230, 1500, settle_s=0.5)
+    bench.run(20.0)
+    starts = [r.window.start_s for r in bench.records if r.window]
+    changes = [r.t_s for r in bench.records if r.window]
+    for changed_s, start_s in zip(changes, starts[1:], strict=False):
+        assert start_s >= changed_s + 0.5 - 1e-9
+
+
+def test_observe_touches_nothing_but_decides():
+    bench = Bench(1230, mode="observe")
+    bench.run(10.0)
+    assert bench.gpu.calls == [None]
+    assert bench.decisions[-1].arm == 1230
+    assert {outcome.arm for outcome in bench.policy.outcomes} == {None}
+
+
+def test_off_reads_nothing():
+    bench = Bench(1230, mode="off")
+    bench.gpu.read_error = AssertionError("off must not read")
+    bench.run(10.0)
+    assert bench.gpu.calls == [None]
+    assert bench.records == []
+
+
+def test_a_holdout_keeps_default_clocks_and_teaches_the_baseline():
+    bench = Bench(1230)
+    bench.tuner.holdout = True
+    bench.run(10.0)
+    assert bench.gpu.calls == [None]
+    assert bench.policy.outcomes[-1].arm is None
+
+
+def test_missing_statistics_are_not_read_as_idle():
+    bench = Bench(1230, stale_windows=2, idle_windows=1)
+    bench.run(6.0)
+    assert bench.gpu.locked == 1230
+    bench.silent = True
+    bench.run(12.0)
+    assert bench.gpu.locked is None
+    assert bench.tuner.state == "blind"
+    assert 210 not in bench.gpu.calls
+    bench.silent = False
+    bench.run(8.0)
+    assert bench.gpu.locked == 1230
+
+
+def test_a_frozen_energy_counter_is_no_evidence_and_ends_in_default_clocks():
+    bench = Bench(1230)
+    bench.run(6.0)
+    seen = len(bench.policy.outcomes)
+    bench.gpu.energy_stuck = True
+    bench.run(12.0)
+    assert len(bench.policy.outcomes) <= seen + 1
+    assert bench.gpu.locked is None
+
+
+def test_the_idle_clock_comes_after_empty_windows_and_goes_at_the_first_work():
+    bench = Bench(1230, idle_windows=2)
+    bench.run(6.0)
+    bench.load = False
+    bench.run(10.0)
+    assert bench.gpu.locked == 210
+    learned = len(bench.policy.outcomes)
+    bench.run(10.0)
+    assert len(bench.policy.outcomes) == learned, "an empty window taught something"
+    bench.load = True
+    bench.push()
+    before_s = bench.clock.now_s()
+    while bench.gpu.locked == 210:
+        bench.run(0.01)
+    assert bench.gpu.locked == 1230
+    assert bench.clock.now_s() - before_s <= 0.5
+
+
+def test_throttled_windows_teach_nothing_and_two_of_them_reset():
+    bench = Bench(1230, cooldown_windows=3)
+    bench.run(6.0)
+    seen = len(bench.policy.outcomes)
+    bench.gpu.reasons = EventReason.SW_THERMAL
+    bench.run(8.0)
+    assert len(bench.policy.outcomes) == seen
+    assert bench.gpu.locked is None
+    bench.gpu.reasons = EventReason.NONE
+    bench.run(4.0)
+    assert bench.gpu.locked is None, "no cool-down"
+    bench.run(10.0)
+    assert bench.gpu.locked == 1230
+
+
+def test_a_lasting_slo_violation_resets_for_a_while():
+    bench = Bench(1230, slo={"tpot_s": 0.05}, slo_windows=2, cooldown_windows=3)
+    bench.run(6.0)
+    bench.itl_s = 0.1
+    bench.run(8.0)
+    assert bench.gpu.locked is None
+    assert bench.tuner.state == "cooldown"
+    bench.itl_s = 0.02
+    bench.run(14.0)
+    assert bench.gpu.locked == 1230
+
+
+def test_an_exception_of_the_policy_resets_and_the_loop_goes_on():
+    bench = Bench(1230)
+    bench.run(6.0)
+    bench.policy.error = RuntimeError("a bug")
+    bench.run(3.0)
+    assert bench.gpu.locked is None
+    assert bench.tuner.state == "fault"
+    bench.policy.error = None
+    bench.run(12.0)
+    assert bench.gpu.locked == 1230
+
+
+def test_faults_without_end_end_the_tuner():
+    bench = Bench(1230)
+    bench.policy.error = RuntimeError("a bug")
+    bench.run(1000.0)
+    assert next(bench.loop, "ended") == "ended"
+    assert bench.gpu.locked is None
+    assert bench.tuner.state == "fault"
+    assert len(bench.gpu.calls) <= 2 * MAX_FAULTS + 3
+
+
+def test_a_permanent_gpu_error_ends_it_after_one_try():
+    bench = Bench(1230)
+    bench.gpu.lock_error = GpuPermissionError("may not")
+    bench.run(100.0)
+    assert next(bench.loop, "ended") == "ended"
+    assert bench.gpu.locked is None
+
+
+def test_a_transient_gpu_error_is_tried_again():
+    bench = Bench(1230)
+    bench.run(6.0)
+    bench.gpu.read_error = GpuTransientError("busy")
+    bench.run(2.0)
+    assert bench.gpu.locked is None
+    bench.gpu.read_error = None
+    bench.run(12.0)
+    assert bench.gpu.locked == 1230
+
+
+def test_a_lost_gpu_is_reported():
+    bench = Bench(1230)
+    bench.run(6.0)
+    bench.gpu.read_error = bench.gpu.reset_error = GpuLostError("gone")
+    with pytest.raises(GpuLostError):
+        bench.run(6.0)
+    assert bench.tuner.state == "gpu lost"
+
+
+def test_new_settings_take_effect_within_a_fraction_of_a_window():
+    bench = Bench(1230)
+    bench.run(6.0)
+    bench.run(1.0)
+    bench.tuner.reconfigure(TunerConfig(mode="observe"))
+    bench.run(0.6)
+    assert bench.gpu.locked is None
+    assert bench.tuner.policy is bench.policy, "what was learned is gone"
+
+
+def test_settings_without_any_clock_are_refused_and_nothing_changes():
+    bench = Bench(1230)
+    with pytest.raises(ValueError, match=r"min_sm_clock_mhz=3000.*210\.\.2100"):
+        bench.tuner.reconfigure(TunerConfig(min_sm_clock_mhz=3000))
+    bench.run(6.0)
+    assert bench.gpu.locked == 1230
+
+
+def test_another_objective_or_slo_starts_learning_afresh():
+    bench = Bench(1230)
+    bench.run(6.0)
+    bench.tuner.reconfigure(TunerConfig(slo={"tpot_s": 0.1}))
+    bench.run(4.0)
+    assert bench.tuner.policy is not bench.policy
+
+
+def test_a_prior_reaches_the_policy_on_the_loops_own_thread():
+    bench = Bench(1230)
+    bench.tuner.offer_prior("a prior")
+    assert bench.policy.prior is None
+    bench.run(4.0)
+    assert bench.policy.prior == "a prior"
+
+
+def test_bounds_limit_the_arms():
+    bench = Bench(min_sm_clock_mhz=600, max_sm_clock_mhz=1500)
+    assert (bench.tuner.arms[0], bench.tuner.arms[-1]) == (600, 1500)
