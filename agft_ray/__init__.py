@@ -1,0 +1,49 @@
+"""Energy-aware LLM serving on Ray: an SM-clock tuner in every Serve replica.
+
+The control loop is `agft_ray.tuner`; docs/structure.md has a line for every package. Names below
+are imported when first used, so `import agft_ray` costs nothing and needs neither Ray nor numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agft_ray.engine_stats import EngineStats
+    from agft_ray.gpu.registry import GpuSpec, SimulatedGpuConfig, claim_simulated_gpu
+    from agft_ray.serve import TunerLink, attach_tuner, build_app
+    from agft_ray.settings import TunerConfig
+    from agft_ray.tuner import Tuner
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EngineStats",
+    "GpuSpec",
+    "SimulatedGpuConfig",
+    "Tuner",
+    "TunerConfig",
+    "TunerLink",
+    "attach_tuner",
+    "build_app",
+    "claim_simulated_gpu",
+]
+
+_HOMES = {
+    "EngineStats": "engine_stats",
+    "GpuSpec": "gpu.registry",
+    "SimulatedGpuConfig": "gpu.registry",
+    "Tuner": "tuner",
+    "TunerConfig": "settings",
+    "TunerLink": "serve",
+    "attach_tuner": "serve",
+    "build_app": "serve",
+    "claim_simulated_gpu": "gpu.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

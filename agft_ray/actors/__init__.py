@@ -1,0 +1,1 @@
+"""Thin Ray actors round the plain-Python parts."""

@@ -1,0 +1,10 @@
+"""How our actors are found: names and the namespace."""
+
+from __future__ import annotations
+
+NAMESPACE = "agft_ray"
+AGGREGATOR = "experience_aggregator"
+
+
+def scraper_name(node_id: str) -> str:
+    return f"metrics_scraper-{node_id}"

@@ -1,0 +1,252 @@
+"""The `agft-ray` command."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agft_ray import __version__
+from agft_ray.errors import AgftError
+from agft_ray.types import Request
+
+if TYPE_CHECKING:
+    from agft_ray.evaluation.summary import Slo
+
+DEFAULT_RATE_PER_S = 1.5
+DEMO_WALL_S = 180.0
+DEFAULT_TIMEOUT_S = 600.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status (0 fine, 1 failed, 2 bad input)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except AgftError as error:
+        print(f"agft-ray: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(
+            f"agft-ray: {error}; this command needs the extra 'serve': "
+            "pip install 'agft-ray[serve]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="agft-ray", description="Energy-aware LLM serving on Ray")
+    parser.add_argument("--version", action="version", version=f"agft-ray {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    validate = commands.add_parser("validate", help="check a `serve run` config file")
+    validate.add_argument("file", type=Path)
+    validate.set_defaults(command=_validate)
+
+    replay = commands.add_parser(
+        "replay", help="replay a trace or a generated workload against an OpenAI-compatible server"
+    )
+    replay.add_argument("--url", default="http://127.0.0.1:8000")
+    replay.add_argument("--model", help="default: the first the server lists")
+    replay.add_argument("--speed", type=float, help="simulated seconds per wall second")
+    _add_workload(replay)
+    replay.add_argument(
+        "--duration", type=float, metavar="S", help="stop sending after so many simulated seconds"
+    )
+    replay.add_argument(
+        "--timeout", type=float, default=DEFAULT_TIMEOUT_S, metavar="S", help="per request"
+    )
+    replay.add_argument("--out", type=Path, help="directory for requests.csv and summary.json")
+    replay.set_defaults(command=_replay)
+
+    demo = commands.add_parser(
+        "demo", help="serve a config of simulated replicas, replay a workload, compare"
+    )
+    demo.add_argument("file", type=Path, nargs="?", default=Path("configs/simulated.yaml"))
+    _add_workload(demo)
+    demo.add_argument(
+        "--wall", type=float, default=DEMO_WALL_S, metavar="S", help="wall seconds of load"
+    )
+    demo.add_argument("--out", type=Path, help="directory for the results")
+    demo.set_defaults(command=_demo)
+
+    plot = commands.add_parser("plot", help="draw a replay's clocks, power and energy")
+    plot.add_argument("directory", type=Path, help="what --out of a replay or demo named")
+    plot.add_argument("--out", type=Path, default=Path("replay.svg"), help="svg, png or pdf")
+    plot.set_defaults(command=_plot)
+
+    bench = commands.add_parser("bench", help="what the tuner costs")
+    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    decision = kinds.add_parser("decision", help="time of one control step (no Ray)")
+    decision.add_argument("--arms", type=int, default=130)
+    decision.add_argument("--steps", type=int, default=5000)
+    decision.add_argument("--seed", type=int, default=0)
+    decision.set_defaults(command=_bench_decision)
+    overhead = kinds.add_parser("overhead", help="serving with tuner against mode: off (Ray)")
+    overhead.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
+    overhead.add_argument("--block-s", type=float, default=5.0, metavar="S")
+    overhead.set_defaults(command=_bench_overhead)
+    return parser
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trace", type=Path, help="Azure CSV (TIMESTAMP,ContextTokens,GeneratedTokens)"
+    )
+    parser.add_argument("--keep", type=float, default=1.0, help="share of the trace's requests")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=DEFAULT_RATE_PER_S,
+        help="requests per simulated second of the generated workload (without --trace)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="pass over broken trace lines, naming them"
+    )
+
+
+def _workload(
+    arguments: argparse.Namespace, duration_s: float | None
+) -> tuple[int, Iterable[Request]]:
+    """How many requests there are to send, and they themselves.
+
+    The workload is gone through once before anything is sent, so that a broken line is found first.
+    """
+    count = sum(1 for _ in _requests(arguments, duration_s, tell=True))
+    return count, _requests(arguments, duration_s, tell=False)
+
+
+def _requests(
+    arguments: argparse.Namespace, duration_s: float | None, *, tell: bool
+) -> Iterable[Request]:
+    from agft_ray.simulation import workloads
+
+    def on_skip(message: str) -> None:
+        if tell:
+            print(f"skipped: {message}", file=sys.stderr)
+
+    try:
+        if arguments.trace is None:
+            if duration_s is None:
+                raise AgftError("--duration: required, the generated workload has no end")
+            return workloads.generate_conversation(arguments.rate, duration_s, arguments.seed)
+        trace = workloads.read_azure_trace(
+            arguments.trace, strict=not arguments.skip_broken, on_skip=on_skip
+        )
+        kept = workloads.thin(trace, arguments.keep, arguments.seed)
+        return kept if duration_s is None else workloads.until(kept, duration_s)
+    except ValueError as error:
+        raise AgftError(str(error)) from None
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from agft_ray.serve.validation import validate_file
+
+    for config in validate_file(arguments.file):
+        tuner = config.tuner
+        print(
+            f"{arguments.file}: valid. {config.num_replicas} replicas of {config.model} on "
+            f"{config.gpu.profile}, {tuner.holdout_replicas} held out, speed {config.speed:g}, "
+            f"mode {tuner.mode}, policy {tuner.policy.name}, objective {tuner.objective}"
+        )
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    return _run_replay(
+        _workload(arguments, arguments.duration),
+        url=arguments.url,
+        out=arguments.out,
+        model=arguments.model,
+        speed=arguments.speed,
+        timeout_s=arguments.timeout,
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from agft_ray.evaluation.summary import Slo
+    from agft_ray.serve.local_cluster import serve_run
+    from agft_ray.serve.validation import validate_file
+
+    (config,) = validate_file(arguments.file)
+    workload = _workload(arguments, arguments.wall * config.speed)
+    out = arguments.out or Path(tempfile.mkdtemp(prefix="agft-demo-"))
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    with (
+        console.status("Ray Serve is starting") as status,
+        serve_run(arguments.file, config, out / "serve.log", on_wait=status.update) as app,
+    ):
+        status.stop()
+        slo = Slo(config.tuner.slo.ttft_s, config.tuner.slo.tpot_s)
+        code = _run_replay(workload, url=app.url, out=out, slo=slo)
+        status.start()
+    console.print(f"Requests, time line, summary and the log of serve run: {out}")
+    return code
+
+
+def _run_replay(
+    workload: tuple[int, Iterable[Request]],
+    *,
+    url: str,
+    out: Path | None,
+    slo: Slo | None = None,
+    model: str | None = None,
+    speed: float | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> int:
+    from rich.console import Console
+
+    from agft_ray.evaluation.replay import replay
+    from agft_ray.evaluation.replay_console import print_comparison, progress_display
+    from agft_ray.evaluation.summary import summarise
+
+    count, requests = workload
+    with progress_display(count) as on_progress:
+        result = asyncio.run(
+            replay(
+                requests,
+                url=url,
+                model=model,
+                speed=speed,
+                timeout_s=timeout_s,
+                on_progress=on_progress,
+            )
+        )
+    print_comparison(summarise(result, slo=slo), Console())
+    if out is not None:
+        result.write(out, slo=slo)
+    return 130 if result.interrupted else int(any(row.is_failed for row in result.rows))
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from agft_ray.evaluation.plot import plot
+
+    plot(arguments.directory, arguments.out)
+    print(arguments.out)
+    return 0
+
+
+def _bench_decision(arguments: argparse.Namespace) -> int:
+    from agft_ray.evaluation.bench import bench_decision, versions
+
+    print(f"{versions()}, seed {arguments.seed}, {arguments.steps} steps")
+    for timing in bench_decision(arms=arguments.arms, steps=arguments.steps, seed=arguments.seed):
+        print(timing)
+    return 0
+
+
+def _bench_overhead(arguments: argparse.Namespace) -> int:
+    from agft_ray.serve.bench import bench_overhead
+
+    return bench_overhead(blocks=arguments.blocks, block_s=arguments.block_s)

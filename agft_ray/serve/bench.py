@@ -1,0 +1,175 @@
+"""What a tuner costs the serving beside it: `agft-ray bench overhead`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from agft_ray.serve.local_cluster import RunningServe, serve_run
+from agft_ray.serve.validation import DEPLOYMENT, validate_file
+
+CLIENTS = 16
+PROMPT_WORDS, OUTPUT_TOKENS = 200, 64
+SETTLE_WALL_S = 1.5
+"""After a change of mode, before a block is measured: tuners take settings within a push."""
+BOOTSTRAP_SAMPLES = 10_000
+CONFIG: dict[str, Any] = {
+    "proxy_location": "HeadOnly",
+    "http_options": {"host": "127.0.0.1", "port": 8017},
+    "applications": [
+        {
+            "name": "bench",
+            "import_path": "agft_ray.serve:build_app",
+            "args": {"num_replicas": 2, "speed": 10},
+            "deployments": [{"name": DEPLOYMENT, "user_config": {"mode": "off"}}],
+        }
+    ],
+}
+
+
+@dataclass(slots=True)
+class _Load:
+    """Closed-loop clients; counts tokens as answers complete."""
+
+    url: str
+    tokens: int = 0
+    failed: int = 0
+    stopped: bool = False
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def run(self) -> None:
+        import aiohttp
+
+        body = {
+            "model": "llama-3.1-8b",
+            "prompt": "tok " * PROMPT_WORDS,
+            "max_tokens": OUTPUT_TOKENS,
+            "ignore_eos": True,
+        }
+        async with aiohttp.ClientSession() as session:
+            while not self.stopped:
+                async with session.post(f"{self.url}/v1/completions", json=body) as response:
+                    await response.read()
+                    self.failed += response.status != 200
+                    self.tokens += OUTPUT_TOKENS * (response.status == 200)
+
+
+def bench_overhead(*, blocks: int, block_s: float, seed: int = 0) -> int:
+    """Serving throughput with `mode: observe` against `mode: off`, in alternating blocks.
+
+    `observe` does all a tuner does but lock clocks, which would slow the simulated engine itself.
+    At ten times the wall's speed the engine is not the limit: the processors are. Prints every
+    pair, the median ratio and its 95 % bootstrap interval, and each process's CPU time.
+    """
+    with tempfile.TemporaryDirectory(prefix="agft-bench-") as directory:
+        path = Path(directory) / "bench.yaml"
+        path.write_text(yaml.safe_dump(CONFIG))
+        (config,) = validate_file(path)
+        with serve_run(path, config, Path(directory) / "serve.log", on_wait=_say) as running:
+            ratios = asyncio.run(_measure(running, blocks, block_s, seed))
+    _summarise(ratios, seed)
+    return 0
+
+
+def _say(message: str) -> None:
+    print(f"\r\033[K{message}", end="", flush=True)
+
+
+async def _measure(running: RunningServe, blocks: int, block_s: float, seed: int) -> list[float]:
+    print(f"\n{CLIENTS} closed-loop clients, {blocks} pairs of blocks of {block_s:g} s")
+    load = _Load(running.url)
+    load.tasks = [asyncio.create_task(load.run()) for _ in range(CLIENTS)]
+    order, ratios = random.Random(seed), []
+    usage = {"off": _Cpu(), "observe": _Cpu()}
+    for pair in range(blocks):
+        rates = {}
+        for mode in order.sample(["off", "observe"], 2):
+            await asyncio.to_thread(_set_mode, running, mode)
+            await asyncio.sleep(SETTLE_WALL_S)
+            tokens, start_s, before = load.tokens, time.monotonic(), _cpu_seconds()
+            await asyncio.sleep(block_s)
+            elapsed_s = time.monotonic() - start_s
+            rates[mode] = (load.tokens - tokens) / elapsed_s
+            usage[mode].add(before, _cpu_seconds(), elapsed_s)
+        ratios.append(rates["observe"] / rates["off"])
+        print(
+            f"pair {pair + 1:>3}: off {rates['off']:8.1f} tokens/s, observe "
+            f"{rates['observe']:8.1f} tokens/s, ratio {ratios[-1]:.3f}"
+        )
+    load.stopped = True
+    await asyncio.gather(*load.tasks)
+    print(f"failed requests: {load.failed}")
+    for mode, cpu in usage.items():
+        print(f"CPU by process, mode {mode}: {cpu}")
+    return ratios
+
+
+def _set_mode(running: RunningServe, mode: str) -> None:
+    content = json.loads(json.dumps(CONFIG))
+    content["applications"][0]["deployments"][0]["user_config"] = {"mode": mode}
+    running.deploy(content)
+    deadline_s = time.monotonic() + 30
+    while {replica["mode"] for replica in running.alive()} != {mode}:
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"the replicas did not take mode {mode} within 30 s")
+        time.sleep(0.2)
+
+
+@dataclass(slots=True)
+class _Cpu:
+    """CPU time by kind of process."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+
+    def add(self, before: dict[int, tuple[str, float]], after: Any, elapsed_s: float) -> None:
+        self.elapsed_s += elapsed_s
+        for pid, (name, seconds) in after.items():
+            used = seconds - before.get(pid, (name, seconds))[1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + used
+
+    def __str__(self) -> str:
+        shares = sorted(self.seconds.items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {s / self.elapsed_s:.1%}" for name, s in shares if s > 0)
+
+
+def _cpu_seconds() -> dict[int, tuple[str, float]]:
+    """CPU seconds of every Ray worker process of this user, by process id."""
+    return dict(_ray_processes())
+
+
+def _ray_processes() -> Iterator[tuple[int, tuple[str, float]]]:
+    ticks = os.sysconf("SC_CLK_TCK")
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            title = (entry / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if title.startswith("ray::"):
+            name = title.removeprefix("ray::").split(".")[0].split(":")[0]
+            yield int(entry.name), (name, (int(fields[11]) + int(fields[12])) / ticks)
+
+
+def _summarise(ratios: list[float], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    samples = rng.choice(ratios, (BOOTSTRAP_SAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
+    print(
+        f"throughput with tuner / without: median {statistics.median(ratios):.4f}, "
+        f"95 % interval {low:.4f} to {high:.4f} ({len(ratios)} pairs, seed {seed})"
+    )

@@ -1,0 +1,84 @@
+"""Checking a `serve run` config file before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from agft_ray.config import load_yaml, parse
+from agft_ray.errors import ConfigError
+from agft_ray.serve.app_config import AppConfig
+
+BUILDER = "agft_ray.serve:build_app"
+DEPLOYMENT = "SimulatedLLM"
+
+
+def validate_file(path: str | Path) -> list[AppConfig]:
+    """Check a config file and every application of ours in it.
+
+    Returns the applications' arguments, with a `user_config` of the file in place of `tuner`.
+    Raises `ConfigError` with all problems of the file, each named by its place in it.
+    """
+    content = load_yaml(path)
+    if not isinstance(content, dict) or not isinstance(content.get("applications"), list):
+        raise ConfigError(str(path), ["applications: required, a list of Serve applications"])
+    problems: list[str] = []
+    configs: list[AppConfig | None] = []
+    for index, application in enumerate(content["applications"]):
+        place = f"applications.{index}"
+        if not isinstance(application, dict) or "import_path" not in application:
+            problems.append(f"{place}.import_path: required, and missing")
+        elif application["import_path"] == BUILDER:
+            configs.append(_check(application, place, problems))
+    if not configs and not problems:
+        problems.append(f"applications: none has import_path {BUILDER!r}, nothing to check")
+    problems += _serve_problems(content)
+    if problems:
+        raise ConfigError(str(path), problems)
+    return [config for config in configs if config is not None]
+
+
+def _check(application: dict[str, Any], place: str, problems: list[str]) -> AppConfig | None:
+    args = application.get("args") or {}
+    config = _parse(args, f"{place}.args.", f"{place}.args.tuner.", problems)
+    for index, deployment in enumerate(application.get("deployments") or []):
+        here = f"{place}.deployments.{index}"
+        if deployment.get("name") != DEPLOYMENT:
+            problems.append(
+                f"{here}.name: must be {DEPLOYMENT!r}, the application's only deployment, "
+                f"got {deployment.get('name')!r}"
+            )
+        elif isinstance(args, dict) and "user_config" in deployment:
+            merged = args | {"tuner": deployment["user_config"]}
+            config = _parse(merged, f"{place}.args.", f"{here}.user_config.", problems)
+    return config
+
+
+def _parse(
+    args: object, args_place: str, tuner_place: str, problems: list[str]
+) -> AppConfig | None:
+    try:
+        return parse(AppConfig, args, source="args")
+    except ConfigError as error:
+        for problem in error.problems:
+            of_tuner = problem.startswith("tuner.")
+            named = (
+                tuner_place + problem.removeprefix("tuner.") if of_tuner else args_place + problem
+            )
+            if named not in problems:
+                problems.append(named)
+    return None
+
+
+def _serve_problems(content: dict[str, Any]) -> list[str]:
+    """What Ray Serve itself would refuse; nothing where Ray is not installed."""
+    try:
+        from pydantic import ValidationError
+        from ray.serve.schema import ServeDeploySchema
+    except ImportError:
+        return []
+    try:
+        ServeDeploySchema.model_validate(content)
+    except ValidationError as error:
+        return [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+    return []

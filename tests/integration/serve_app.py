@@ -1,0 +1,55 @@
+"""Real Ray Serve, started by `serve run` on a cluster of its own, for each module that asks."""
+
+import contextlib
+import json
+import socket
+import time
+from pathlib import Path
+
+import yaml
+
+from agft_ray.serve.local_cluster import serve_run
+from agft_ray.serve.validation import validate_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def simulated_config(directory, *, args=None, user_config=None):
+    """The shipped config on a free port, with its GPUs in `directory`."""
+    content = yaml.safe_load((ROOT / "configs" / "simulated.yaml").read_text())
+    content["http_options"]["port"] = free_port()
+    (application,) = content["applications"]
+    application["args"] |= args or {}
+    application["args"]["gpu"] |= {"state_dir": str(directory / "gpus"), "history": True}
+    application["deployments"][0]["user_config"] |= user_config or {}
+    return content
+
+
+@contextlib.contextmanager
+def running_app(directory, content):
+    path = directory / "app.yaml"
+    path.write_text(yaml.safe_dump(content))
+    (config,) = validate_file(path)
+    with serve_run(path, config, directory / "serve.log") as app:
+        yield app
+
+
+def gpu_states(directory):
+    """The simulated GPUs' state files, read without any of our code."""
+    return [json.loads(path.read_text()) for path in sorted((directory / "gpus").glob("*.json"))]
+
+
+def wait_until(condition, timeout_s, what):
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"after {timeout_s} s still not: {what}")
