@@ -20,6 +20,9 @@ FEATURE_NAMES = (
     "request_rate",
 )
 
+CLOCK_DRIVEN = ("has_queue", "packing_efficiency", "concurrency", "kv_cache_usage")
+"""Features that a clock moves by itself: slower steps leave more requests running and waiting."""
+
 # One unit of the scaled feature. Constants, so that statistics of different replicas can be added.
 PREFILL_TOKENS_PER_S = 2000.0
 DECODE_TOKENS_PER_S = 1000.0
