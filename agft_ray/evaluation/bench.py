@@ -13,6 +13,7 @@ from agft_ray.policy.agft import AgftPolicy
 from agft_ray.policy.agft_config import AgftConfig
 from agft_ray.policy.linucb import LinUcb
 from agft_ray.policy.reward import Reward
+from agft_ray.policy.statistics import FEATURES, features_of
 from agft_ray.telemetry.features import extract
 from agft_ray.types import EventReason, Outcome, StepTotals, Window
 
@@ -44,11 +45,11 @@ def bench_decision(*, arms: int, steps: int, seed: int) -> list[Timing]:
         assert value is not None
         policy.update(Outcome(arm, arm, context, value, window))
 
-    ucb = LinUcb(features=9, ridge=1.0, slope_ridge=1.0, forgetting=0.999)
+    ucb = LinUcb(features=FEATURES, ridge=1.0, slope_ridge=1.0, forgetting=0.999)
     turn = iter(range(steps + WARM_UP))
 
     def every_arm(window: Window) -> None:
-        x = np.array(extract(window).features)
+        x = features_of(extract(window))
         prediction = ucb.predict(x, clocks)
         int(np.argmax(prediction.means + prediction.widths))
         ucb.learn(clocks[next(turn) % arms], x, 0.1)

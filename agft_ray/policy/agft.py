@@ -39,7 +39,6 @@ class AgftPolicy:
     def select(self, context: Context, arms: Sequence[int]) -> Decision:
         """See `Policy.select`. Raises `ValueError` on a context that is not finite."""
         x = features_of(context)
-        arms = sorted(arms)
         if not arms:
             return Decision(None, "no arms")
         if self._needs_baseline():
@@ -48,11 +47,14 @@ class AgftPolicy:
         if unswept is not None:
             return Decision(unswept, "sweep")
         keys, learner = self._active(arms), self._learner
+        if learner.state.converged:
+            # An arm without evidence borrows from one that is in play as well: it cannot be best.
+            keys = [key for key in keys if learner.bandit.count(key)] or keys
+            means = learner.bandit.predict(x, keys).means
+            return Decision(_arm(keys[int(np.argmax(means))]), "exploit")
         prediction = learner.bandit.predict(x, keys)
         greedy = np.where(self._eliminated(keys, prediction), -np.inf, prediction.means)
         best = int(np.argmax(greedy))
-        if learner.state.converged:
-            return Decision(_arm(keys[best]), "exploit")
         chosen = int(np.argmax(greedy + learner.alpha() * prediction.widths))
         return Decision(_arm(keys[chosen]), "learn" if chosen == best else "explore")
 
@@ -95,7 +97,7 @@ class AgftPolicy:
         means, widths = prediction.means, prediction.widths
         best = int(np.argmax(means))
         errors = self._learner.noise() * np.hypot(widths, widths[best])
-        counts = np.array([self._learner.bandit.count(key) for key in keys])
+        counts = self._learner.bandit.counts(keys)
         worse = means[best] - means > self._config.sigmas * errors
         eliminated: np.ndarray = worse & (counts >= self._config.elimination_windows)
         eliminated[best:] = np.maximum.accumulate(eliminated[best:])

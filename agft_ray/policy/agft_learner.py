@@ -99,8 +99,8 @@ class AgftLearner:
 
     def _follow_load(self, x: np.ndarray) -> None:
         weight = 1 / min(CONTEXT_MEMORY, 1 + sum(self.state.visits.values()))
-        context = np.array(self.state.context)
-        self.state.context = (context + weight * (x - context)).tolist()
+        pairs = zip(self.state.context, x.tolist(), strict=True)
+        self.state.context = [mean + weight * (value - mean) for mean, value in pairs]
 
     def _credited(self, outcome: Outcome) -> int:
         """The arm a reward belongs to: the one requested if the observed clock is near it."""

@@ -31,4 +31,5 @@ def grid(arms: Sequence[int], step_mhz: int) -> list[int]:
 
 def refined(arms: Sequence[int], anchor_mhz: int, span_mhz: int) -> list[int]:
     """All supported clocks within `span_mhz` of the anchor, ascending: the GPU's own step."""
-    return sorted(arm for arm in arms if abs(arm - anchor_mhz) <= span_mhz)
+    low = bisect.bisect_left(arms, anchor_mhz - span_mhz)
+    return list(arms[low : bisect.bisect_right(arms, anchor_mhz + span_mhz)])

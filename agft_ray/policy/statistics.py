@@ -14,11 +14,14 @@ from agft_ray.policy.reward import MAX_REWARD
 from agft_ray.telemetry.features import CLOCK_DRIVEN, FEATURE_NAMES
 from agft_ray.types import DEFAULT_CLOCKS_KEY, Context, Experience, Outcome
 
-FEATURES = len(FEATURE_NAMES)
+CONTEXT_FEATURES = len(FEATURE_NAMES)
 """Length of a context: a bias that is always 1, then eight scaled features."""
-LOAD_FEATURES = np.array([float(name not in CLOCK_DRIVEN) for name in FEATURE_NAMES])
-"""1 for what the regressions may use. At equal concurrency, a clock so slow that requests pile up
-looks no worse than another: what the clock itself drives must not explain the reward away."""
+LOAD_FEATURES = [i for i, name in enumerate(FEATURE_NAMES) if name not in CLOCK_DRIVEN]
+"""Places in the context of what the regressions use. At equal concurrency, a clock so slow that
+requests pile up looks no worse than another: what the clock itself drives must not explain the
+reward away."""
+FEATURES = len(LOAD_FEATURES)
+"""d, the length of what the regressions use: the bias and four features of the load."""
 MAX_ARMS = 1024
 """More arms than any GPU has clocks: a bound on what a prior may make us hold."""
 TOLERANCE = 1e-6
@@ -56,11 +59,11 @@ class ArmStatistics:
                 setattr(self, name, np.concatenate([array, empty], axis=1))
         return self.rows[key]
 
-    def add(self, source: Source, row: int, x: np.ndarray, reward: float) -> None:
-        """Count one window with features `x` (d,)."""
+    def add(self, source: Source, row: int, gram: np.ndarray, response: np.ndarray) -> None:
+        """Count one window: `gram` is x xᵀ (d, d) and `response` reward * x (d,)."""
         self.counts[source, row] += 1.0
-        self.grams[source, row] += np.outer(x, x)
-        self.responses[source, row] += reward * x
+        self.grams[source, row] += gram
+        self.responses[source, row] += response
 
     def scale(self, source: Source, factors: np.ndarray | float) -> None:
         """Multiply a source's evidence: count and sums of an arm (all arms) by one factor."""
@@ -120,18 +123,18 @@ class ArmStatistics:
         return {"counts": self.counts, "grams": self.grams, "responses": self.responses}
 
 
-def features_of(context: Context, features: int = FEATURES) -> np.ndarray:
-    """The context's load as an array (d,), its clock-driven features zero.
+def features_of(context: Context) -> np.ndarray:
+    """The bias and the load out of a context, as an array (d,).
 
-    Raises `ValueError` unless the context is finite, of length d, and its first number 1.
+    Raises `ValueError` unless the context is finite, of the right length, and begins with 1.
     """
     x = np.asarray(context.features, dtype=float)
-    if x.shape != (features,) or not np.isfinite(x).all() or x[0] != 1.0:
+    if x.shape != (CONTEXT_FEATURES,) or not np.isfinite(x).all() or x[0] != 1.0:
         raise ValueError(
-            f"context.features {context.features} is not {features} finite numbers of which the "
-            f"first is 1.0; skip this window"
+            f"context.features {context.features} is not {CONTEXT_FEATURES} finite numbers of "
+            f"which the first is 1.0; skip this window"
         )
-    load: np.ndarray = x * LOAD_FEATURES
+    load: np.ndarray = x[LOAD_FEATURES]
     return load
 
 

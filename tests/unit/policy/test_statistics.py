@@ -14,7 +14,8 @@ def honest(seed=0, windows=20):
     for key in (0, 1230, 2100):
         row = statistics.row(key)
         for _ in range(windows):
-            statistics.add(Source.OWN, row, np.r_[1.0, rng.random(8)], rng.choice([-4.0, 4.0]))
+            x, reward = np.r_[1.0, rng.random(8)], rng.choice([-4.0, 4.0])
+            statistics.add(Source.OWN, row, np.outer(x, x), reward * x)
     return statistics.experience(Source.OWN)
 
 

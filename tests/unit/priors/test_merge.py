@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 
 from agft_ray.errors import PriorError
-from agft_ray.policy.statistics import validate
+from agft_ray.policy.statistics import FEATURES, validate
 from agft_ray.priors.merge import add
 from agft_ray.types import Experience
 
 
-def of(arms, seed, d=9, windows=5):
+def of(arms, seed, d=FEATURES, windows=5):
     rng = np.random.default_rng(seed)
     x = np.concatenate(
         [np.ones((len(arms), windows, 1)), rng.random((len(arms), windows, d - 1))], 2
@@ -34,7 +34,7 @@ def test_arms_are_aligned_and_summed():
     np.testing.assert_array_equal(total.counts, [5, 10, 5, 5])
     np.testing.assert_array_equal(total.grams[1], a.grams[1] + b.grams[1])
     np.testing.assert_array_equal(total.responses[2], b.responses[0])
-    validate(total, features=9)
+    validate(total, features=FEATURES)
 
 
 def test_commutative_associative_and_nothing_is_neutral():
@@ -42,7 +42,7 @@ def test_commutative_associative_and_nothing_is_neutral():
     assert_equal(add([a, b, c]), add([c, a, b]))
     assert_equal(add([add([a, b]), c]), add([a, add([b, c])]))
     assert_equal(add([a, add([])]), a)
-    assert add([]).grams.shape == (0, 9, 9)
+    assert add([]).grams.shape == (0, FEATURES, FEATURES)
 
 
 def test_inputs_stay_as_they_are():
@@ -53,5 +53,5 @@ def test_inputs_stay_as_they_are():
 
 
 def test_different_schemas_are_not_added():
-    with pytest.raises(PriorError, match=r"\[7, 9\] features"):
+    with pytest.raises(PriorError, match=r"\[5, 7\] features"):
         add([of([0], 1), of([0], 1, d=7)])
