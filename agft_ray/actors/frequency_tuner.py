@@ -111,8 +111,10 @@ class FrequencyTuner:
         self._rank: int | None = None
         self._figures: dict[str, Any] = {}
         self._windows = 0
+        self._loop_cpu_s = 0.0
         self._last: WindowRecord | None = None
         self._experience: Experience | None = None
+        self._experience_due = True
         self._wake = threading.Event()
         self._ended = threading.Event()
         self._config_version = 0
@@ -152,6 +154,7 @@ class FrequencyTuner:
         """Resume the loop at the times it asks for, or at once when woken."""
         try:
             for wake_s in self._tuner.run():
+                self._loop_cpu_s = time.thread_time()
                 delay_s = (wake_s - self._clock.now_s()) / self._clock.speed
                 if delay_s > 0:
                     self._wake.wait(delay_s)
@@ -192,6 +195,7 @@ class FrequencyTuner:
             status=self._status(),
         )
         self._aggregator = self._aggregator or get_aggregator()
+        self._experience_due = True
         reply = await self._aggregator.report.remote(report)
         self._tuner.holdout = reply.order < config.holdout_replicas
         if reply.prior is not None and config.share_experience and key == self._prior_key():
@@ -215,7 +219,8 @@ class FrequencyTuner:
     def _on_record(self, record: WindowRecord) -> None:
         self._windows += 1
         self._last = record
-        self._experience = self._tuner.policy.experience()
+        if self._experience_due:
+            self._experience, self._experience_due = self._tuner.policy.experience(), False
         self._metrics.export(record, state=self._tuner.state)
 
     def _role(self) -> str:
@@ -244,6 +249,7 @@ class FrequencyTuner:
             "locked_sm_clock_mhz": gpu.locked_sm_clock_mhz,
             "clock_changes": tuner.clock_changes,
             "windows": self._windows,
+            "loop_cpu_s": self._loop_cpu_s,
             "last_reward": last.reward if last else None,
             "last_decision": last.decision.reason if last else None,
             "last_note": last.note if last else "",

@@ -29,8 +29,8 @@ is, CPU-bound at the upper end (our own measurement on Ray 2.60): 100 ms is a qu
 MAX_LATENESS_P99_WALL_S = 0.02
 """asyncio's timers are good to 1-2 ms; a p99 of 20 ms means that the client had no CPU to send."""
 MAX_LATE_STEP_SHARE = 0.05
-"""Simulated engines sleep to absolute deadlines and so keep their mean speed through a few late
-steps; from one step in twenty on, the engine-side p95 itself is in doubt."""
+"""Simulated engines keep to absolute deadlines, so their own latencies stay exact when a step is
+completed late; from one step in twenty on, what the client sees is no longer the engine's doing."""
 
 
 class _Answer(BaseModel):
@@ -243,6 +243,7 @@ def _late_steps(result: ReplayResult) -> str | None:
     worst_s = max(replica.max_lateness_s for replica in after)
     return (
         f"{late / steps:.1%} of the simulated engines' steps ended late ({late} of {steps}, at "
-        f"worst by {worst_s * 1e3:.0f} ms): the server had too little CPU for speed "
-        f"{result.speed:g}, and its engine-side latencies are too long; lower the speed."
+        f"worst by {worst_s * 1e3:.0f} ms of wall time): the server had too little CPU for speed "
+        f"{result.speed:g}. Engine-side latencies are told in simulated time and stay exact, but "
+        "tokens reach the client that much later; lower the speed."
     )

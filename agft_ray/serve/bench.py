@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,8 +23,12 @@ import yaml
 from agft_ray.serve.local_cluster import RunningServe, serve_run
 from agft_ray.serve.validation import DEPLOYMENT, validate_file
 
-CLIENTS = 16
-PROMPT_WORDS, OUTPUT_TOKENS = 200, 64
+CLIENTS = 96
+PROMPT_WORDS, OUTPUT_TOKENS = 20, 8
+SPEED = 10
+"""The engine is fast enough not to be the limit."""
+WINDOW_WALL_S = 0.8
+"""AGFT's period: as often as a tuner may be expected to work."""
 SETTLE_WALL_S = 1.5
 """After a change of mode, before a block is measured: tuners take settings within a push."""
 BOOTSTRAP_SAMPLES = 10_000
@@ -32,8 +39,17 @@ CONFIG: dict[str, Any] = {
         {
             "name": "bench",
             "import_path": "agft_ray.serve:build_app",
-            "args": {"num_replicas": 2, "speed": 10},
-            "deployments": [{"name": DEPLOYMENT, "user_config": {"mode": "off"}}],
+            "args": {"num_replicas": 2, "speed": SPEED},
+            "deployments": [
+                {
+                    "name": DEPLOYMENT,
+                    "user_config": {
+                        "mode": "off",
+                        "window_s": WINDOW_WALL_S * SPEED,
+                        "stale_after_s": 2.0 * SPEED,
+                    },
+                }
+            ],
         }
     ],
 }
@@ -69,22 +85,47 @@ class _Load:
 def bench_overhead(*, blocks: int, block_s: float, seed: int = 0) -> int:
     """Serving throughput with `mode: observe` against `mode: off`, in alternating blocks.
 
+    An actor that does nothing runs along, so that what any Ray actor costs can be told apart.
+
     `observe` does all a tuner does but lock clocks, which would slow the simulated engine itself.
-    At ten times the wall's speed the engine is not the limit: the processors are. Prints every
-    pair, the median ratio and its 95 % bootstrap interval, and each process's CPU time.
+    Many clients with short answers make the processors the limit, not the engine. Prints every
+    pair, the median ratio with its 95 % bootstrap interval, and the CPU time of each process.
     """
     with tempfile.TemporaryDirectory(prefix="agft-bench-") as directory:
         path = Path(directory) / "bench.yaml"
         path.write_text(yaml.safe_dump(CONFIG))
         (config,) = validate_file(path)
-        with serve_run(path, config, Path(directory) / "serve.log", on_wait=_say) as running:
+        log_path = Path(directory) / "serve.log"
+        with serve_run(path, config, log_path, on_wait=_say) as running, _idle_actor(running):
             ratios = asyncio.run(_measure(running, blocks, block_s, seed))
     _summarise(ratios, seed)
     return 0
 
 
+_IDLE = """
+import sys, ray
+ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+class IdleActor:
+    pass
+actor = ray.remote(IdleActor).options(num_cpus=0).remote()
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def _idle_actor(running: RunningServe) -> Iterator[None]:
+    """An actor that does nothing, started by a driver that ends when its input is closed."""
+    environment = {**os.environ, **running.environment}
+    driver = subprocess.Popen([sys.executable, "-c", _IDLE], stdin=subprocess.PIPE, env=environment)
+    try:
+        yield
+    finally:
+        driver.communicate()
+
+
 def _say(message: str) -> None:
-    print(f"\r\033[K{message}", end="", flush=True)
+    if sys.stdout.isatty():
+        print(f"\r\033[K{message}", end="", flush=True)
 
 
 async def _measure(running: RunningServe, blocks: int, block_s: float, seed: int) -> list[float]:
@@ -108,6 +149,7 @@ async def _measure(running: RunningServe, blocks: int, block_s: float, seed: int
             f"pair {pair + 1:>3}: off {rates['off']:8.1f} tokens/s, observe "
             f"{rates['observe']:8.1f} tokens/s, ratio {ratios[-1]:.3f}"
         )
+    await _print_loop_cost(running, block_s)
     load.stopped = True
     await asyncio.gather(*load.tasks)
     print(f"failed requests: {load.failed}")
@@ -116,9 +158,22 @@ async def _measure(running: RunningServe, blocks: int, block_s: float, seed: int
     return ratios
 
 
+async def _print_loop_cost(running: RunningServe, seconds: float) -> None:
+    """The CPU time of the tuners' loop threads, by their own clocks."""
+    await asyncio.to_thread(_set_mode, running, "observe")
+    before = {replica["replica"]: replica for replica in running.alive()}
+    await asyncio.sleep(2 * seconds)
+    for replica in running.alive():
+        old = before[replica["replica"]]
+        wall_s = (replica["t_s"] - old["t_s"]) / SPEED
+        share = (replica["loop_cpu_s"] - old["loop_cpu_s"]) / wall_s
+        windows = replica["windows"] - old["windows"]
+        print(f"loop of {replica['replica']}: {share:.2%} of a core, {windows} windows")
+
+
 def _set_mode(running: RunningServe, mode: str) -> None:
     content = json.loads(json.dumps(CONFIG))
-    content["applications"][0]["deployments"][0]["user_config"] = {"mode": mode}
+    content["applications"][0]["deployments"][0]["user_config"]["mode"] = mode
     running.deploy(content)
     deadline_s = time.monotonic() + 30
     while {replica["mode"] for replica in running.alive()} != {mode}:
