@@ -242,6 +242,8 @@ class LinUcb:
         self._counts = statistics.counts[shared].sum(axis=0)
         self._shared_grams = statistics.grams[shared].sum(axis=0)
         self._shared_responses = statistics.responses[shared].sum(axis=0)
+        self._total_gram = self._shared_grams.sum(axis=0)
+        self._total_response = self._shared_responses.sum(axis=0)
         self._grams = statistics.grams.sum(axis=0)
         self._responses = statistics.responses.sum(axis=0)
         self._inverses = self._inverted(self._grams)
@@ -260,6 +262,8 @@ class LinUcb:
         self._counts[row] += 1.0
         self._shared_grams[row] += gram
         self._shared_responses[row] += response
+        self._total_gram += gram
+        self._total_response += response
         self._grams[row] += gram
         self._responses[row] += response
         spread = self._inverses[row] @ x
@@ -279,17 +283,17 @@ class LinUcb:
         The intercept is shrunk, with the weight of one window, to the mean over all windows,
         which stands in for it where default clocks were never measured.
         """
-        counts, responses = self._counts, self._shared_responses
-        sums = self._shared_grams[:, :, 0]
-        means = sums / np.maximum(counts, 1e-9)[:, None]
-        within = self._shared_grams.sum(axis=0) - means.T @ sums
-        response = responses.sum(axis=0) - responses[:, 0] @ means
-        self._slope_inverse = np.linalg.inv(within[1:, 1:] + self._slope_ridge)
-        self.baseline = np.empty(len(response))
-        self.baseline[1:] = self._slope_inverse @ response[1:]
-        offsets = responses[:, 0] - sums[:, 1:] @ self.baseline[1:]
-        overall = offsets.sum() / max(counts.sum(), 1.0)
-        self.baseline[0] = (offsets[0] + overall) / (counts[0] + 1.0)
+        counts, rewards = self._counts, self._shared_responses[:, 0]
+        sums = self._shared_grams[:, 1:, 0]
+        means = (sums / np.maximum(counts, 1e-9)[:, None]).T
+        within = self._total_gram[1:, 1:] - means @ sums
+        response = self._total_response[1:] - means @ rewards
+        self._slope_inverse = np.linalg.inv(within + self._slope_ridge)
+        slopes = self._slope_inverse @ response
+        overall = self._total_response[0] - self._total_gram[0, 1:] @ slopes
+        overall /= max(self._total_gram[0, 0], 1.0)
+        intercept = (rewards[0] - sums[0] @ slopes + overall) / (counts[0] + 1.0)
+        self.baseline = np.concatenate(([intercept], slopes))
 
 
 def _times(matrices: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,72 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agft_ray.errors import ConfigError, GpuLostError
+from agft_ray.gpu.registry import SimulatedGpuConfig, claim_simulated_gpu, open_gpu
+
+CLAIM = """
+import sys
+from pathlib import Path
+from agft_ray.gpu.registry import SimulatedGpuConfig, claim_simulated_gpu
+config = SimulatedGpuConfig(state_dir=sys.argv[1])
+print(claim_simulated_gpu(config, application="a", model="llama-3.1-8b").state_path, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    return SimulatedGpuConfig(state_dir=str(tmp_path / "gpus"))
+
+
+def claim(config, **changes):
+    return claim_simulated_gpu(config, **{"application": "a", "model": "llama-3.1-8b"} | changes)
+
+
+def holder(config):
+    return subprocess.Popen(
+        [sys.executable, "-c", CLAIM, config.state_dir],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_each_living_process_has_a_gpu_of_its_own_and_the_dead_give_theirs_back(config):
+    first, second = holder(config), holder(config)
+    paths = {process.stdout.readline() for process in (first, second)}
+    assert {path.strip()[-10:] for path in paths} == {"gpu-0.json", "gpu-1.json"}
+    assert claim(config).state_path.endswith("gpu-2.json")
+    for process in (first, second):
+        process.kill()
+        process.wait()
+    third = holder(config)
+    assert third.stdout.readline().strip().endswith("gpu-0.json")
+    third.communicate()
+
+
+def test_what_was_left_by_other_arguments_is_replaced_and_by_the_same_is_kept(config):
+    process = holder(config)
+    path = process.stdout.readline().strip()
+    process.communicate()
+    origin_s = json.loads(Path(path).read_text())["origin_s"]
+    process = holder(config)
+    process.stdout.readline()
+    process.communicate()
+    assert json.loads(Path(path).read_text())["origin_s"] == origin_s
+    gpu, clock = open_gpu(claim(config, speed=4.0))
+    assert clock.speed == 4.0
+    assert gpu.model == "NVIDIA RTX A6000"
+
+
+def test_refusals(tmp_path):
+    (tmp_path / "file").write_text("")
+    blocked = SimulatedGpuConfig(state_dir=str(tmp_path / "file" / "gpus"))
+    with pytest.raises(GpuLostError, match="simulated GPUs in"):
+        claim(blocked)
+    with pytest.raises(ConfigError, match="gpt-9"):
+        claim(SimulatedGpuConfig(state_dir=str(tmp_path)), model="gpt-9")
