@@ -178,7 +178,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     from agft_ray.serve.local_cluster import serve_run
     from agft_ray.serve.validation import validate_file
 
-    (config,) = validate_file(arguments.file)
+    config, *others = validate_file(arguments.file)
+    if others:
+        raise AgftError(f"{arguments.file}: the demo takes one application, it has more")
     workload = _workload(arguments, arguments.wall * config.speed)
     out = arguments.out or Path(tempfile.mkdtemp(prefix="agft-demo-"))
     out.mkdir(parents=True, exist_ok=True)

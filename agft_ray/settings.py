@@ -14,6 +14,8 @@ from agft_ray.policy.registry import PolicyConfig
 PUSH_INTERVAL_S = 0.1
 """Wall time between pushes of engine statistics from the replica to its tuner."""
 MIN_PUSHES_PER_WINDOW = 2
+STALE_AFTER_S = 2.0
+STALE_PUSHES = 5
 
 
 class SloConfig(StrictModel):
@@ -57,8 +59,9 @@ class TunerConfig(StrictModel):
     """Highest SM clock a policy may choose; None: the GPU's highest."""
     idle_windows: Count = 3
     """Empty windows in a row after which the policy's idle clock is set."""
-    stale_after_s: Positive = 2.0
-    """Age beyond which the engine's statistics count as missing."""
+    stale_after_s: Positive | None = None
+    """Age beyond which the engine's statistics count as missing; None: 2 s, or five pushes if
+    those take longer."""
     stale_windows: Count = 2
     """Windows in a row without statistics (or throttled) after which clocks are reset."""
     slo_windows: Count = 2
@@ -87,6 +90,10 @@ class TunerConfig(StrictModel):
             raise ValueError("; ".join(problems))
         return self
 
+    def stale_limit_s(self, speed: float) -> float:
+        """`stale_after_s`, or its default at a clock that runs `speed` times faster."""
+        return self.stale_after_s or max(STALE_AFTER_S, STALE_PUSHES * PUSH_INTERVAL_S * speed)
+
     def arms(self, supported_sm_clocks_mhz: Sequence[int]) -> tuple[int, ...]:
         """The clocks a policy may choose of those a GPU supports; raises `ValueError` if none."""
         supported = supported_sm_clocks_mhz
@@ -102,7 +109,8 @@ class TunerConfig(StrictModel):
 
 
 def check_pushes(config: TunerConfig, *, speed: float) -> None:
-    """Refuse a speed at which a window would hold fewer than two engine pushes.
+    """Refuse a speed at which a window would hold fewer than two engine pushes, or the engine's
+    statistics would be stale before the next push.
 
     Pushes come every `PUSH_INTERVAL_S` of wall time, `config.window_s` is the loop's time, which
     runs `speed` times faster. Raises `ValueError`.
@@ -116,4 +124,11 @@ def check_pushes(config: TunerConfig, *, speed: float) -> None:
             f"time apart) in a window of {config.window_s:g} s, at least {MIN_PUSHES_PER_WINDOW} "
             f"are needed; use a speed of at most {fastest:g} or a window_s of at least "
             f"{shortest_s:g}"
+        )
+    push_s = speed * PUSH_INTERVAL_S
+    if config.stale_limit_s(speed) < 2 * push_s:
+        raise ValueError(
+            f"stale_after_s ({config.stale_after_s:g}) is less than two engine pushes at speed "
+            f"{speed:g}, which are {2 * push_s:g} s: statistics would never be fresh; use at least "
+            "that, or leave it out"
         )

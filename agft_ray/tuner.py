@@ -5,6 +5,7 @@ whenever it cannot know. Plain Python; GPU, metrics, policy and clock are inject
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 READINGS_PER_WINDOW = 8
 """GPU readings in a window: they place the energy counter in time and average the clock."""
+INTERRUPTED, WOKEN = "interrupted", "woken"
+"""Why a window was cut short on purpose."""
 MAX_FAULTS = 5
 """Faults in a row after which the tuner stops for good; serving goes on at default clocks."""
 
@@ -43,9 +46,11 @@ class WindowRecord:
 class Tuner:
     """Tunes one GPU (group) for one engine.
 
-    Guarantees: the clocks are reset before anything else, whenever statistics, energy or the GPU
-    cannot be trusted for `stale_windows` windows, after any exception, on `stop`, and when the
-    generator is closed. A policy learns only from windows that are evidence about their clock.
+    Guarantees, in `control`: the clocks are reset before anything else, whenever statistics, energy
+    or the GPU cannot be trusted for `stale_windows` windows, after any exception, on `stop`, and
+    when the generator is closed; a reset that fails is tried again. In the other modes nothing is
+    touched but what the tuner itself has locked. A policy learns only from windows that are
+    evidence about their clock.
 
     `run` is a generator of wake-up times on `clock`: whoever drives it sleeps until the time it
     yields (or less: being resumed early is harmless) and resumes it; under Ray that is a thread,
@@ -72,10 +77,12 @@ class Tuner:
         self.state = "starting"
         self.clock_changes = 0
         self._on_record = on_record
-        self._pending: TunerConfig | None = None
-        self._prior: Prior | None = None
+        # Handed over between threads: a deque's append and pop are atomic.
+        self._pending: deque[TunerConfig] = deque(maxlen=1)
+        self._priors: deque[Prior] = deque(maxlen=1)
         self._stopped = False
         self._locked: Arm = None
+        self._reset_due = True
         self._settled_s = 0.0
         self._context: Context | None = None
         self._idle = self._blind = self._beyond_slo = self._cooldown = self._faults = 0
@@ -87,15 +94,15 @@ class Tuner:
         """Take new settings at the next step.
 
         What was learned stays, unless the policy's own settings or what a reward means (objective,
-        SLOs) changed. Raises `ValueError`, and changes nothing, if no supported clock lies within
-        the bounds.
+        SLOs, length of a window) changed. Raises `ValueError`, and changes nothing, if no supported
+        clock lies within the bounds.
         """
         config.arms(self.gpu.supported_sm_clocks_mhz)
-        self._pending = config
+        self._pending.append(config)
 
     def offer_prior(self, prior: Prior) -> None:
         """Have the policy take a prior at the next step."""
-        self._prior = prior
+        self._priors.append(prior)
 
     def stop(self) -> None:
         """End the loop at its next step; it resets the clocks on its way out."""
@@ -112,11 +119,13 @@ class Tuner:
 
     def _apply(self, config: TunerConfig) -> None:
         def learning(c: TunerConfig) -> tuple[object, ...]:
-            return c.policy, c.objective, c.slo
+            return c.policy, c.objective, c.slo, c.window_s
 
         if learning(config) != learning(self.config):
             self.policy = build_policy(config.policy)
+            self._priors.clear()
         self.arms = config.arms(self.gpu.supported_sm_clocks_mhz)
+        self._stale_after_s = config.stale_limit_s(self.clock.speed)
         self.reward = Reward(
             DELAY_EXPONENTS[config.objective], config.slo.ttft_s, config.slo.tpot_s
         )
@@ -132,8 +141,6 @@ class Tuner:
         try:
             while not self._stopped:
                 try:
-                    if self.state == "starting":
-                        self._set_clock(None, force=True)
                     yield from self._step()
                     self._faults = 0
                 except GpuLostError:
@@ -142,18 +149,18 @@ class Tuner:
                 except Exception as error:
                     yield self._after_fault(error)
         finally:
-            if self._reset() and self.state not in ("gpu lost", "fault"):
+            if self._let_go() and self.state not in ("gpu lost", "fault"):
                 self.state = "stopped"
 
     def _step(self) -> Iterator[float]:
         """Observe one window, learn from it, choose the next clock and set it."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._apply(pending)
-        if self._prior is not None:
-            prior, self._prior = self._prior, None
-            self.policy.merge(prior)
+        if self._pending:
+            self._apply(self._pending.pop())
+        if self._priors:
+            self.policy.merge(self._priors.pop())
         if self.mode is not Mode.CONTROL:
+            self._let_go()
+        elif self._reset_due:
             self._set_clock(None)
         if self.mode is Mode.OFF:
             self.state = "off"
@@ -161,8 +168,9 @@ class Tuner:
             return
         window, note = yield from self._observe()
         reward = self._learn(window) if window else None
-        decision = self._decide(window)
-        self._set_clock(decision.arm if self.mode is Mode.CONTROL else None)
+        decision = self._decide(window, note)
+        if self.mode is Mode.CONTROL:
+            self._set_clock(decision.arm)
         self._on_record(WindowRecord(self.clock.now_s(), window, reward, decision, note))
 
     def _observe(self) -> Generator[float, None, tuple[Window | None, str]]:
@@ -173,16 +181,22 @@ class Tuner:
         yield start_s
         readings = [self.gpu.read()]
         while (now_s := self.clock.now_s()) < end_s:
-            if self._stopped or self._pending is not None:
-                return None, "interrupted"
+            if self._stopped or self._pending:
+                return None, INTERRUPTED
             if self.waits_for_work and not self._engine_is_idle():
-                return None, "woken"
+                return None, WOKEN
             yield min(now_s + config.window_s / READINGS_PER_WINDOW, end_s)
             readings.append(self.gpu.read())
+        arm = readings[-1].locked_sm_clock_mhz
+        if any(reading.locked_sm_clock_mhz != arm for reading in readings):
+            return None, "the lock changed within the window"
+        if self.mode is Mode.CONTROL and arm != self._locked:
+            expected, self._locked = self._locked, arm
+            return None, f"locked at {arm}, not at {expected}: somebody else sets clocks"
         try:
-            self.engine.latest(self.clock.now_s(), config.stale_after_s)
+            self.engine.latest(self.clock.now_s(), self._stale_after_s)
             window = close_window(
-                arm=self._locked,
+                arm=arm,
                 window_s=config.window_s,
                 engine=self.engine.since(start_s),
                 gpu=readings,
@@ -195,7 +209,7 @@ class Tuner:
     def _engine_is_idle(self) -> bool:
         """Whether the engine is known to be empty; missing statistics are not."""
         try:
-            return self.engine.latest(self.clock.now_s(), self.config.stale_after_s).is_idle
+            return self.engine.latest(self.clock.now_s(), self._stale_after_s).is_idle
         except StaleMetricsError:
             return False
 
@@ -213,13 +227,14 @@ class Tuner:
         clocks = self.gpu.supported_sm_clocks_mhz
         return min(clocks, key=lambda clock: abs(clock - sm_clock_mhz))
 
-    def _decide(self, window: Window | None) -> Decision:
+    def _decide(self, window: Window | None, note: str) -> Decision:
         """The next arm. Default clocks wherever the loop cannot know or must not interfere."""
         was_waiting = self.waits_for_work
         throttled = window is not None and bool(window.event_reasons & THROTTLED)
-        self._count(window, throttled)
+        self._count(window, throttled, note)
         if self._blind >= self.config.stale_windows:
-            self._cooldown = self.config.cooldown_windows if throttled else 0
+            if throttled:
+                self._cooldown = self.config.cooldown_windows
             return self._rest("throttled" if throttled else "blind")
         if self._beyond_slo >= self.config.slo_windows and self._locked is not None:
             self._beyond_slo, self._cooldown = 0, self.config.cooldown_windows
@@ -239,9 +254,10 @@ class Tuner:
             return Decision(self._locked, "hold")
         return self.policy.select(self._context, self.arms)
 
-    def _count(self, window: Window | None, throttled: bool) -> None:
+    def _count(self, window: Window | None, throttled: bool, note: str) -> None:
         """Windows in a row that were blind, empty, or beyond an SLO."""
-        self._blind = self._blind + 1 if window is None or throttled else 0
+        if note not in (INTERRUPTED, WOKEN):
+            self._blind = self._blind + 1 if window is None or throttled else 0
         self._idle = self._idle + 1 if window is not None and window.is_idle else 0
         if window is not None:
             self._beyond_slo = self._beyond_slo + 1 if self.reward.violates_slo(window) else 0
@@ -252,16 +268,16 @@ class Tuner:
 
     # -- the GPU -------------------------------------------------------------------------------
 
-    def _set_clock(self, arm: Arm, *, force: bool = False) -> None:
+    def _set_clock(self, arm: Arm) -> None:
         """Lock or reset, only when it changes something; then let the clock settle."""
-        if arm == self._locked and not force:
+        if arm == self._locked and not self._reset_due:
             return
         if arm is None:
             self.gpu.reset()
         else:
             self.gpu.lock(arm)
-        self.clock_changes += not force
-        self._locked = arm
+        self.clock_changes += arm != self._locked
+        self._locked, self._reset_due = arm, False
         self._settled_s = self.clock.now_s() + self.config.settle_s
 
     def _after_fault(self, error: Exception) -> float:
@@ -277,12 +293,17 @@ class Tuner:
         self._stopped = permanent or self._faults >= MAX_FAULTS
         return self.clock.now_s() + float(self.config.window_s * 2**self._faults)
 
+    def _let_go(self) -> bool:
+        """Reset the clocks if they are or may be ours; False if that fails."""
+        return self._locked is None or self._reset()
+
     def _reset(self) -> bool:
-        """Reset the clocks whatever state things are in; False if the GPU refuses."""
-        self._locked = None
+        """Reset the clocks whatever state things are in; False, and still due, if that fails."""
+        self._reset_due = True
         try:
             self.gpu.reset()
         except GpuError:
             log.exception("clocks of %s could not be reset", self.gpu.uuid)
             return False
+        self._locked, self._reset_due = None, False
         return True

@@ -7,11 +7,11 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from agft_ray.actors.experience_aggregator import get_aggregator
@@ -113,14 +113,17 @@ class FrequencyTuner:
         self._windows = 0
         self._loop_cpu_s = 0.0
         self._last: WindowRecord | None = None
-        self._experience: Experience | None = None
+        self._learned: tuple[PriorKey, Experience | None] = (self._prior_key(), None)
+        """Experience, and the key it belongs to; made together, in the loop's thread."""
+        self._policy_status = self._tuner.policy.status()
         self._experience_due = True
         self._wake = threading.Event()
         self._ended = threading.Event()
         self._config_version = 0
         self._scraper: Any = None
         self._aggregator: Any = None
-        self._gossip: asyncio.Task[None] | None = None
+        self._gossip: list[asyncio.Task[None]] = []
+        self._released = False
         threading.Thread(target=self._drive, name="tuner-loop", daemon=True).start()
 
     # -- called by the replica -----------------------------------------------------------------
@@ -135,12 +138,14 @@ class FrequencyTuner:
             self._wake.set()
         if self._tuner.waits_for_work and not push.sample.is_idle:
             self._wake.set()
-        if self._gossip is None:
-            self._gossip = asyncio.create_task(self._gossip_forever())
+        if not self._gossip:
+            talks = (self._keep_guard, self._read_ray_metrics, self._report)
+            self._gossip = [asyncio.create_task(self._repeat(talk)) for talk in talks]
         return TunerReply(self._role(), self._config_version)
 
     async def release(self) -> None:
         """Reset the clocks, end the loop and the guard."""
+        self._released = True
         self._tuner.stop()
         self._wake.set()
         await asyncio.to_thread(self._ended.wait, GOSSIP_TIMEOUT_S)
@@ -166,16 +171,21 @@ class FrequencyTuner:
             if self._tuner.state == "stopped":
                 self._guard.release()
 
-    async def _gossip_forever(self) -> None:
-        """Talk to the scraper and the aggregator; neither can delay the loop's thread."""
-        while not self._ended.is_set():
-            for talk in (self._read_ray_metrics, self._report):
-                try:
-                    await asyncio.wait_for(talk(), GOSSIP_TIMEOUT_S)
-                except (RayError, AgftError, OSError, TimeoutError) as error:
-                    self._scraper = self._aggregator = None
-                    log.warning("%s: %r", talk.__name__.strip("_"), error)
+    async def _repeat(self, talk: Callable[[], Awaitable[None]]) -> None:
+        """Do something every second, whatever becomes of it, until the replica lets go."""
+        while not self._released:
+            try:
+                await asyncio.wait_for(talk(), GOSSIP_TIMEOUT_S)
+            except Exception as error:
+                self._scraper = self._aggregator = None
+                log.warning("%s: %r", talk.__name__.strip("_"), error)
             await asyncio.sleep(GOSSIP_INTERVAL_S)
+
+    async def _keep_guard(self) -> None:
+        """Clocks are not to be set without a guard: replace one that was killed."""
+        if not self._guard.is_alive and not self._ended.is_set():
+            log.warning("the clock guard is gone, starting another")
+            self._guard = await asyncio.to_thread(Guard.start, self._spec.gpu.reset_paths)
 
     async def _read_ray_metrics(self) -> None:
         self._scraper = self._scraper or get_scraper()
@@ -185,17 +195,18 @@ class FrequencyTuner:
             self._serve_metrics.push(to_sample(series, t_s=t_s, speed=self._clock.speed))
 
     async def _report(self) -> None:
-        spec, config, key = self._spec, self._tuner.config, self._prior_key()
+        spec, config = self._spec, self._tuner.config
+        key, experience = self._learned
         report = ReplicaReport(
             replica=spec.replica,
             deployment=f"{spec.application}#{spec.deployment}",
             rank=self._rank,
             key=key,
-            experience=self._experience if config.share_experience else None,
+            experience=experience if config.share_experience else None,
             status=self._status(),
         )
-        self._aggregator = self._aggregator or get_aggregator()
         self._experience_due = True
+        self._aggregator = self._aggregator or get_aggregator()
         reply = await self._aggregator.report.remote(report)
         self._tuner.holdout = reply.order < config.holdout_replicas
         if reply.prior is not None and config.share_experience and key == self._prior_key():
@@ -220,7 +231,9 @@ class FrequencyTuner:
         self._windows += 1
         self._last = record
         if self._experience_due:
-            self._experience, self._experience_due = self._tuner.policy.experience(), False
+            policy = self._tuner.policy
+            self._learned = self._prior_key(), policy.experience()
+            self._policy_status, self._experience_due = policy.status(), False
         self._metrics.export(record, state=self._tuner.state)
 
     def _role(self) -> str:
@@ -236,7 +249,7 @@ class FrequencyTuner:
             "mode": tuner.mode.value,
             "state": tuner.state,
             "policy": tuner.policy.name,
-            "policy_status": tuner.policy.status(),
+            "policy_status": self._policy_status,
             "tuner_pid": os.getpid(),
             "guard_pid": self._guard.pid,
             "gpu_uuid": tuner.gpu.uuid,

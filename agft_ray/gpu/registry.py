@@ -119,7 +119,9 @@ def claim_simulated_gpu(
     )
     try:
         create()
-    except ConfigError:
+    except ConfigError as error:
+        if any(problem.startswith("path:") for problem in error.problems):
+            raise
         # Left by an application with other arguments; the claim says that nobody uses it.
         path.unlink()
         create()

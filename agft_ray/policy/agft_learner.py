@@ -85,12 +85,12 @@ class AgftLearner:
         if well_known and self._drifts(surprise, exploited=key == requested):
             self._relearn()
             return
-        self._count_window(requested, key)
+        counted = self._count_window(requested, key)
         self._judge_measured(key)
         if state.anchor_mhz is not None:
             state.recent = [*state.recent, (key, gain)][-self.config.convergence_window :]
         overdue = state.windows - self.config.refine_after
-        if overdue >= 0 and overdue % self.config.refine_interval == 0:
+        if counted and overdue >= 0 and overdue % self.config.refine_interval == 0:
             self._refine(x)
         if not state.converged and self._has_converged():
             state.converged = True
@@ -108,13 +108,17 @@ class AgftLearner:
         near = abs(requested - observed) <= self.config.grid_step_mhz / 2
         return requested if near else observed
 
-    def _count_window(self, requested: int, key: int) -> None:
-        """Count windows and visits, and drop a clock that is never what is observed."""
+    def _count_window(self, requested: int, key: int) -> bool:
+        """Count visits, drop a clock that is never what is observed; True if the window is one of
+        those after the sweep. Windows at default clocks are not: they may be a holdout's.
+        """
         state = self.state
+        counted = key != DEFAULT_CLOCKS_KEY and (
+            state.anchor_mhz is not None or key in state.visits
+        )
+        state.windows += counted
         if key == DEFAULT_CLOCKS_KEY and state.baseline_left > 0:
             state.baseline_left -= 1
-        elif state.anchor_mhz is not None or key in state.visits:
-            state.windows += 1
         for arm in {requested, key}:
             state.visits[arm] = state.visits.get(arm, 0) + 1
         if requested == key:
@@ -123,6 +127,7 @@ class AgftLearner:
             state.mismatches[requested] = state.mismatches.get(requested, 0) + 1
             if state.mismatches[requested] >= self.config.max_mismatches:
                 state.dropped[requested] = key
+        return counted
 
     def _judge_measured(self, key: int) -> None:
         """Judge the clock just measured, and anew those under suspicion."""

@@ -46,7 +46,6 @@ CONFIG: dict[str, Any] = {
                     "user_config": {
                         "mode": "off",
                         "window_s": WINDOW_WALL_S * SPEED,
-                        "stale_after_s": 2.0 * SPEED,
                     },
                 }
             ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -87,14 +88,16 @@ class TunerLink:
             raise ConfigError("user_config", [str(error)]) from None
 
     async def _push_forever(self) -> None:
+        due_s = time.monotonic()
         while True:
             try:
                 await self._push()
-            except RayError as error:
-                log.warning("the tuner of replica %s is away: %s", self.replica, error)
+            except Exception as error:
+                log.warning("the tuner of replica %s is away: %r", self.replica, error)
                 await asyncio.sleep(RETRY_S)
+            due_s = max(due_s + PUSH_INTERVAL_S, time.monotonic())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), PUSH_INTERVAL_S)
+                await asyncio.wait_for(self._wake.wait(), due_s - time.monotonic())
             self._wake.clear()
 
     async def _push(self) -> None:

@@ -76,18 +76,32 @@ class RunningServe:
 
     def deploy(self, content: dict[str, Any]) -> None:
         """What `serve deploy FILE` does: replace the config by this one (Ray's REST API)."""
+        self._applications("PUT", content)
+
+    def failure(self) -> str | None:
+        """Why an application of the config is DEPLOY_FAILED, in Serve's words; None if none is."""
+        try:
+            applications = self._applications("GET")["applications"].values()
+        except (OSError, ValueError, KeyError):
+            return None
+        failed = [app for app in applications if app["status"] == "DEPLOY_FAILED"]
+        deployments = [d for app in failed for d in app["deployments"].values()]
+        return "\n".join(item["message"] for item in [*failed, *deployments]) if failed else None
+
+    def _applications(self, method: str, content: dict[str, Any] | None = None) -> Any:
+        """A call of Serve's REST API; raises `OSError` or `ValueError` if it cannot be made."""
         (dashboard,) = set(_DASHBOARD.findall(self.log_path.read_text(errors="replace")))
         request = urllib.request.Request(
             f"http://{dashboard}/api/serve/applications/",
-            data=json.dumps(content).encode(),
-            method="PUT",
+            data=None if content is None else json.dumps(content).encode(),
+            method=method,
             headers={
                 "Content-Type": "application/json",
                 "Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}",
             },
         )
-        with urllib.request.urlopen(request, timeout=30):
-            pass
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.loads(response.read() or b"null")
 
 
 _DASHBOARD = re.compile(r"dashboard at .*?(127\.0\.0\.1:\d+)")
@@ -170,8 +184,9 @@ def _wait_until_serving(
     while time.monotonic() < deadline_s:
         if process.poll() is not None:
             raise ServeRunError(f"serve run ended ({process.returncode}):\n{_tail(log_path)}")
-        if b"DEPLOY_FAILED" in log_path.read_bytes():
-            raise ServeRunError(f"the deployment failed:\n{_tail(log_path)}")
+        failure = running.failure()
+        if failure is not None:
+            raise ServeRunError(f"the deployment failed:\n{failure}")
         alive = running.alive()
         holdouts = sum(replica["role"] == "holdout" for replica in alive)
         on_wait(f"Ray Serve is starting: {len(alive)} of {config.num_replicas} replicas")

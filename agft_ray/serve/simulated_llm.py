@@ -66,7 +66,7 @@ async def _refuse_invalid(_: Request, error: RequestValidationError) -> Response
         for item in error.errors()
     ]
     first = error.errors()[0]["loc"]
-    param = str(first[1]) if len(first) > 1 else None
+    param = first[1] if len(first) > 1 and isinstance(first[1], str) else None
     refusal = ApiError(400, "; ".join(problems), param=param, code="invalid_value")
     return JSONResponse(refusal.body(), status_code=400)
 

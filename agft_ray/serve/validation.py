@@ -41,12 +41,16 @@ def validate_file(path: str | Path) -> list[AppConfig]:
 def _check(application: dict[str, Any], place: str, problems: list[str]) -> AppConfig | None:
     args = application.get("args") or {}
     config = _parse(args, f"{place}.args.", f"{place}.args.tuner.", problems)
-    for index, deployment in enumerate(application.get("deployments") or []):
+    deployments = application.get("deployments") or []
+    if not isinstance(deployments, list):
+        problems.append(f"{place}.deployments: must be a list, got {deployments!r}")
+        return None
+    for index, deployment in enumerate(deployments):
         here = f"{place}.deployments.{index}"
-        if deployment.get("name") != DEPLOYMENT:
+        if not isinstance(deployment, dict) or deployment.get("name") != DEPLOYMENT:
             problems.append(
-                f"{here}.name: must be {DEPLOYMENT!r}, the application's only deployment, "
-                f"got {deployment.get('name')!r}"
+                f"{here}: must be a mapping with name {DEPLOYMENT!r}, the application's only "
+                f"deployment, got {deployment!r}"
             )
         elif isinstance(args, dict) and "user_config" in deployment:
             merged = args | {"tuner": deployment["user_config"]}
@@ -81,4 +85,6 @@ def _serve_problems(content: dict[str, Any]) -> list[str]:
         ServeDeploySchema.model_validate(content)
     except ValidationError as error:
         return [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+    except (AttributeError, TypeError) as error:  # Ray's own validators expect mappings
+        return [f"applications: Ray Serve cannot read them: {error}"]
     return []

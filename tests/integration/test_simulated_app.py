@@ -152,17 +152,30 @@ def test_every_replica_has_a_gpu_and_a_tuner_and_one_is_held_out(app):
     assert len({replica["tuner_pid"] for replica in replicas}) == 3
 
 
+def stream_one(client):
+    """Stream an answer to its end; returns the replica that gave it."""
+    chunks = list(
+        client.completions.create(
+            model=MODEL,
+            prompt="x " * 100,
+            max_tokens=100,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+    )
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    assert len(text.split()) == 100, "an answer was cut short"
+    return chunks[-1].agft["replica"]
+
+
 def load(app, stop, failures, replicas_hit):
     """Streams requests one after the other until told to stop."""
     client = openai.OpenAI(base_url=f"{app.url}/v1", api_key="none", max_retries=0)
     while not stop.is_set():
         try:
-            answer = client.completions.create(
-                model=MODEL, prompt="x " * 100, max_tokens=100, extra_body={"ignore_eos": True}
-            )
-            replicas_hit.append(answer.agft["replica"])
-        except openai.OpenAIError as error:
-            failures.append(repr(error))
+            replicas_hit.append(stream_one(client))
+        except Exception as error:
+            failures.append((time.monotonic(), repr(error)))
             time.sleep(0.1)
 
 
@@ -259,6 +272,7 @@ def test_a_killed_replica_resets_its_gpu_and_is_replaced(app, directory, under_l
     failures, replicas_hit = under_load
     victim = wait_until(lambda: tuned(app), 30, "a locked GPU")
     wait_until(lambda: victim["replica"] in replicas_hit, 30, "traffic on every replica")
+    killed_s = time.monotonic()
     os.kill(victim["replica_pid"], signal.SIGKILL)
     wait_until(lambda: state_of(directory, victim)["locked_sm_clock_mhz"] is None, 1.0, "the reset")
 
@@ -269,5 +283,35 @@ def test_a_killed_replica_resets_its_gpu_and_is_replaced(app, directory, under_l
     wait_until(replaced, 60, "a replacement")
     wait_until(lambda: roles(app) == ["holdout", "tuned", "tuned"], 30, "holdouts chosen again")
     wait_until(lambda: len(set(replicas_hit[-60:]) - {victim["replica"]}) == 3, 60, "traffic on it")
-    assert len(failures) <= 12, f"more than the killed replica's own requests failed: {failures}"
+    # Twelve clients share three replicas; only those that the killed one was answering may fail.
+    assert len(failures) < 12, f"more than the killed replica's own requests failed: {failures}"
+    assert all(failed_s - killed_s < 10 for failed_s, _ in failures), failures
     wait_until(lambda: locked_clocks(directory) == [0, 1230, 1230], 30, "its GPU is tuned again")
+
+
+def test_a_killed_guard_is_replaced(app, directory, under_load):
+    victim = wait_until(lambda: tuned(app), 30, "a locked GPU")
+    os.kill(victim["guard_pid"], signal.SIGTERM)
+
+    def replaced():
+        now = next((r for r in app.alive() if r["replica"] == victim["replica"]), None)
+        return now and now["guard_pid"] != victim["guard_pid"] and now["locked_sm_clock_mhz"]
+
+    assert wait_until(replaced, 30, "a new guard, and the clock set again") == 1230
+
+
+def test_replay_from_the_command_line(app, tmp_path, capsys):
+    from agft_ray.cli import main
+
+    arguments = ["--url", app.url, "--rate", "2", "--duration", "20", "--out", str(tmp_path)]
+    assert main(["replay", *arguments]) == 0
+    assert "energy per output token" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["failed"] == 0
+    assert summary["requests"] == len((tmp_path / "requests.csv").read_text().splitlines()) - 1
+
+
+def test_deleting_the_application_resets_every_clock(app, directory, under_load):
+    wait_until(lambda: locked_clocks(directory) == [0, 1230, 1230], 30, "locked")
+    app.deploy({"applications": []})
+    wait_until(lambda: locked_clocks(directory) == [0, 0, 0], 15, "reset")

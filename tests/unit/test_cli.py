@@ -101,6 +101,15 @@ def test_files_that_are_no_serve_config(tmp_path, capsys, text, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("deployments", [5, ["foo"], [{"name": "Other"}]])
+def test_odd_deployments_are_named(edited, capsys, deployments):
+    def edit(content, application):
+        application["deployments"] = deployments
+
+    assert main(["validate", str(edited(edit))]) == 2
+    assert "applications.0.deployments" in capsys.readouterr().err
+
+
 def test_demo_refuses_before_ray_starts(edited, capsys):
     def edit(content, application):
         application["args"]["speed"] = -1

@@ -181,16 +181,17 @@ def test_no_window_covers_the_settling_of_a_clock():
 def test_observe_touches_nothing_but_decides():
     bench = Bench(1230, mode="observe")
     bench.run(10.0)
-    assert bench.gpu.calls == [None]
+    bench.loop.close()
+    assert bench.gpu.calls == []
     assert bench.decisions[-1].arm == 1230
-    assert {outcome.arm for outcome in bench.policy.outcomes} == {None}
+    assert {outcome.arm for outcome in bench.policy.outcomes} == {1500}, "what others locked"
 
 
 def test_off_reads_nothing():
     bench = Bench(1230, mode="off")
     bench.gpu.read_error = AssertionError("off must not read")
     bench.run(10.0)
-    assert bench.gpu.calls == [None]
+    assert bench.gpu.calls == []
     assert bench.records == []
 
 
@@ -310,6 +311,39 @@ def test_a_transient_gpu_error_is_tried_again():
     bench.gpu.read_error = None
     bench.run(12.0)
     assert bench.gpu.locked == 1230
+
+
+def test_a_reset_that_fails_is_tried_again():
+    bench = Bench(1230)
+    bench.run(6.0)
+    bench.gpu.reset_error = GpuTransientError("busy")
+    bench.tuner.reconfigure(TunerConfig(mode="observe"))
+    bench.run(3.0)
+    assert bench.gpu.locked == 1230
+    bench.gpu.reset_error = None
+    bench.run(20.0)
+    assert bench.gpu.locked is None
+
+
+def test_what_somebody_else_locks_is_no_evidence_and_is_put_right():
+    bench = Bench(1230)
+    bench.run(6.0)
+    bench.gpu.locked = 600
+    seen = len(bench.policy.outcomes)
+    bench.run(2.0)
+    assert len(bench.policy.outcomes) == seen
+    bench.run(4.0)
+    assert bench.gpu.locked == 1230
+    assert {outcome.arm for outcome in bench.policy.outcomes} == {None, 1230}
+
+
+def test_quick_changes_of_settings_are_not_blindness():
+    bench = Bench(1230, stale_windows=1)
+    bench.run(6.0)
+    for window_s in (2.0, 2.0, 2.0):
+        bench.tuner.reconfigure(TunerConfig(stale_windows=1, window_s=window_s))
+        bench.run(0.6)
+        assert bench.gpu.locked == 1230
 
 
 def test_a_lost_gpu_is_reported():

@@ -63,7 +63,7 @@ def test_agft_learns_to_save_energy_from_nothing(requests, default):
 
 def test_observe_changes_nothing(requests, default):
     observed = run(requests, {"name": "agft"}, mode="observe")
-    assert observed.energy_j == pytest.approx(default.energy_j, rel=1e-9)
+    assert observed.timings == default.timings
     assert observed.clock_changes == 0
 
 

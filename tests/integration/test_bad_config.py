@@ -1,0 +1,29 @@
+"""What `serve run` says of a config with mistakes."""
+
+import pytest
+import yaml
+from serve_app import simulated_config
+
+from agft_ray.serve.app_config import AppConfig
+from agft_ray.serve.local_cluster import ServeRunError, serve_run
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.parametrize(
+    ("args", "user_config", "words"),
+    [
+        ({"speeed": 4}, {}, "speeed: unknown setting; did you mean 'speed'?"),
+        ({}, {"slo": {"tpot_s": -1.0}}, "slo.tpot_s: input should be greater than 0, got -1.0"),
+    ],
+)
+def test_mistakes_fail_the_deployment_with_the_validators_words(tmp_path, args, user_config, words):
+    path = tmp_path / "app.yaml"
+    path.write_text(yaml.safe_dump(simulated_config(tmp_path, args=args, user_config=user_config)))
+    with (
+        pytest.raises(ServeRunError) as caught,
+        serve_run(path, AppConfig(), tmp_path / "serve.log"),
+    ):
+        pass
+    assert "the deployment failed" in str(caught.value)
+    assert words in str(caught.value)
