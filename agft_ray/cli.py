@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,9 @@ DEFAULT_TIMEOUT_S = 600.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status (0 fine, 1 failed, 2 bad input)."""
     arguments = _parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        # Ended like this, a demo still stops the cluster it started.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return int(arguments.command(arguments))
     except AgftError as error:

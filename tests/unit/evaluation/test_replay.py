@@ -574,6 +574,5 @@ def test_late_steps_count_from_the_start_of_the_run():
     first = status_body(steps=1000, late_steps=900)
     last = status_body(steps=1100, late_steps=910, max_lateness_s=0.5)
     (sentence,) = bottlenecks(result_of((), [first, last], speed=4.0))
-    assert "10.0% of the simulated engines' steps ended late (10 of 100, at worst by 500 ms)" in (
-        sentence
-    )
+    assert "10.0% of the simulated engines' steps ended late (10 of 100" in sentence
+    assert "at worst by 500 ms of wall time" in sentence
