@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from agft_ray.config import Count, StrictModel
 from agft_ray.policy.arms import at_or_below
-from agft_ray.policy.statistics import is_evidence
-from agft_ray.types import Context, Decision, Experience, Outcome, Prior
-
-SNAPSHOT_SCHEMA = 1
+from agft_ray.policy.static import StaticPolicy
+from agft_ray.types import Context, Decision
 
 
 class FixedConfig(StrictModel):
@@ -22,13 +20,13 @@ class FixedConfig(StrictModel):
     """The SM clock; between two supported clocks, the one below is set."""
 
 
-class FixedPolicy:
+class FixedPolicy(StaticPolicy):
     """Sets one clock, busy or idle, and learns nothing."""
 
     name = "fixed"
 
     def __init__(self, config: FixedConfig) -> None:
-        self._settings = config.model_dump()
+        super().__init__(config)
         self._sm_clock_mhz = config.sm_clock_mhz
 
     def select(self, context: Context, arms: Sequence[int]) -> Decision:
@@ -36,22 +34,6 @@ class FixedPolicy:
 
     def select_idle(self, arms: Sequence[int]) -> Decision:
         return Decision(at_or_below(arms, self._sm_clock_mhz) if arms else None, "fixed")
-
-    def update(self, outcome: Outcome) -> None:
-        is_evidence(outcome)
-
-    def experience(self) -> Experience | None:
-        return None
-
-    def merge(self, prior: Prior) -> None:
-        """Nothing is learned, so there is nothing to take."""
-
-    def snapshot(self) -> dict[str, Any]:
-        return {"schema": SNAPSHOT_SCHEMA, "settings": self._settings}
-
-    def restore(self, snapshot: Mapping[str, Any]) -> None:
-        if dict(snapshot) != self.snapshot():
-            raise ValueError(f"snapshot {dict(snapshot)} is not one of {self.snapshot()}")
 
     def status(self) -> dict[str, Any]:
         return {"phase": "static", "best_arm_mhz": self._sm_clock_mhz}

@@ -1,0 +1,35 @@
+"""What policies that learn nothing have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from agft_ray.config import StrictModel
+from agft_ray.policy.statistics import is_evidence
+from agft_ray.types import Experience, Outcome, Prior
+
+SNAPSHOT_SCHEMA = 1
+
+
+class StaticPolicy:
+    """Takes outcomes and priors, and stays as it is."""
+
+    def __init__(self, settings: StrictModel) -> None:
+        self._settings = settings.model_dump()
+
+    def update(self, outcome: Outcome) -> None:
+        is_evidence(outcome)
+
+    def experience(self) -> Experience | None:
+        return None
+
+    def merge(self, prior: Prior) -> None:
+        """Nothing is learned, so there is nothing to take."""
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"schema": SNAPSHOT_SCHEMA, "settings": self._settings}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        if dict(snapshot) != self.snapshot():
+            raise ValueError(f"snapshot {dict(snapshot)} is not one of {self.snapshot()}")
