@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from agft_ray.config import Count, NonNegative, Positive, StrictModel
 from agft_ray.errors import ConfigError
@@ -33,13 +33,6 @@ class AppConfig(StrictModel):
     """Seeds the GPUs' noise and, where a request asks for no length, the lengths of answers."""
     tuner: TunerConfig = Field(default_factory=TunerConfig)
     """First settings of the tuners; a `user_config` in the config file takes their place."""
-
-    @field_validator("model")
-    @classmethod
-    def _not_empty(cls, model: str) -> str:
-        if not model:
-            raise ValueError("must not be empty")
-        return model
 
     @model_validator(mode="after")
     def _consistent(self) -> AppConfig:
