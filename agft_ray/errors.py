@@ -51,6 +51,14 @@ class GpuArgumentError(GpuError):
     """The GPU does not offer the clock asked for."""
 
 
+class LeaseHeldError(GpuError):
+    """Another living process has the right to set this GPU's clocks."""
+
+
+class LeaseLostError(GpuError):
+    """Our right to set clocks was taken back while we hung; acquire it anew before writing."""
+
+
 class GpuLostError(GpuError):
     """The GPU is gone; the engine on it is as well."""
 

@@ -97,7 +97,7 @@ class Tuner:
         SLOs, length of a window) changed. Raises `ValueError`, and changes nothing, if no supported
         clock lies within the bounds.
         """
-        config.arms(self.gpu.supported_sm_clocks_mhz)
+        config.arms(self.gpu.arms)
         self._pending.append(config)
 
     def offer_prior(self, prior: Prior) -> None:
@@ -124,7 +124,7 @@ class Tuner:
         if learning(config) != learning(self.config):
             self.policy = build_policy(config.policy)
             self._priors.clear()
-        self.arms = config.arms(self.gpu.supported_sm_clocks_mhz)
+        self.arms = config.arms(self.gpu.arms)
         self._stale_after_s = config.stale_limit_s(self.clock.speed)
         self.reward = Reward(
             DELAY_EXPONENTS[config.objective], config.slo.ttft_s, config.slo.tpot_s
@@ -187,8 +187,8 @@ class Tuner:
                 return None, WOKEN
             yield min(now_s + config.window_s / READINGS_PER_WINDOW, end_s)
             readings.append(self.gpu.read())
-        arm = readings[-1].locked_sm_clock_mhz
-        if any(reading.locked_sm_clock_mhz != arm for reading in readings):
+        arm = readings[-1].locked
+        if any(reading.locked != arm for reading in readings):
             return None, "the lock changed within the window"
         if self.mode is Mode.CONTROL and arm != self._locked:
             expected, self._locked = self._locked, arm
@@ -224,7 +224,7 @@ class Tuner:
         return reward
 
     def _nearest_arm(self, sm_clock_mhz: float) -> int:
-        clocks = self.gpu.supported_sm_clocks_mhz
+        clocks = self.gpu.arms
         return min(clocks, key=lambda clock: abs(clock - sm_clock_mhz))
 
     def _decide(self, window: Window | None, note: str) -> Decision:

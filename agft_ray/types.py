@@ -12,10 +12,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 Arm = int | None
-"""What a policy may choose: an SM clock in MHz, or None for default clocks (nothing locked)."""
+"""What a policy may choose: an SM clock in MHz (or, where that is the actuator, a power limit in
+W), or None for default clocks: nothing locked, no limit but the one found."""
 
 DEFAULT_CLOCKS_KEY = 0
 """How default clocks are written where arms are keyed by MHz (experience, priors, files)."""
+
+
+class Actuator(enum.StrEnum):
+    """What of a GPU is set, and the unit its arms are in."""
+
+    SM_CLOCK = "sm_clock"
+    """Locked SM clocks, in MHz."""
+    POWER_LIMIT = "power_limit"
+    """Power limits in W, for GPUs whose clocks cannot be locked. A cap does not bind in decode,
+    where an LLM draws far less than the limit, so it saves much less there."""
 
 
 class Mode(enum.StrEnum):
@@ -61,10 +72,14 @@ class GpuSample:
     """When the counter last changed; it is updated only every 10-100 ms."""
     sm_clock_mhz: int
     """The effective SM clock."""
-    locked_sm_clock_mhz: int | None
-    """The clock asked for, or None while the driver's default governor is in charge."""
+    locked: Arm
+    """The arm last set by us and still in force, or None at default clocks."""
     event_reasons: EventReason = EventReason.NONE
     temperature_c: float | None = None
+    power_source: str = "instant"
+    """How `power_w` was had: "instant", or "average" (over about a second) on older drivers."""
+    energy_source: str = "counter"
+    """"counter", or "integrated": from polled power, where the GPU has no energy counter."""
 
 
 @dataclass(frozen=True, slots=True)

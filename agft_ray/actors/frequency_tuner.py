@@ -259,7 +259,7 @@ class FrequencyTuner:
             "energy_t_s": gpu.energy_t_s,
             "power_w": gpu.power_w,
             "sm_clock_mhz": gpu.sm_clock_mhz,
-            "locked_sm_clock_mhz": gpu.locked_sm_clock_mhz,
+            "locked_sm_clock_mhz": gpu.locked,
             "clock_changes": tuner.clock_changes,
             "windows": self._windows,
             "loop_cpu_s": self._loop_cpu_s,

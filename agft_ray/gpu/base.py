@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from agft_ray.types import GpuSample
+from agft_ray.types import Actuator, GpuSample
 
 
 class Gpu(Protocol):
@@ -12,26 +12,47 @@ class Gpu(Protocol):
 
     Every method may raise a `GpuError`: `GpuPermissionError` and `GpuNotSupportedError` are
     permanent, `GpuArgumentError` is about the clock asked for, `GpuLostError` means the device is
-    gone, `GpuTransientError` may be retried.
+    gone, `GpuTransientError` may be retried, `LeaseLostError` asks for a new `claim`.
     """
 
     @property
-    def uuid(self) -> str: ...
+    def uuid(self) -> str:
+        """The GPU's NVML UUID; a group's are joined by commas."""
+        ...
 
     @property
     def model(self) -> str: ...
 
     @property
-    def supported_sm_clocks_mhz(self) -> tuple[int, ...]:
-        """The clocks that can be locked, ascending."""
+    def actuator(self) -> Actuator:
+        """What `lock` sets."""
+        ...
+
+    @property
+    def arms(self) -> tuple[int, ...]:
+        """What can be locked, ascending: SM clocks in MHz, or power limits in W."""
+        ...
+
+    def claim(self) -> None:
+        """Get the right to lock, or keep it; what a dead owner left locked is reset first.
+
+        Raises `LeaseHeldError` while another living process has it, `GpuNotSupportedError` for a
+        GPU that must not be locked (shared, MIG, vGPU), with the way out.
+        """
+        ...
+
+    def release(self) -> None:
+        """Give the right back, after a `reset`; safe to call without it."""
         ...
 
     def read(self) -> GpuSample:
         """Power, energy counter, clocks and event reasons, now."""
         ...
 
-    def lock(self, sm_clock_mhz: int) -> None:
-        """Lock the SM clock. As with NVML, success does not prove the clock: read it back.
+    def lock(self, arm: int) -> None:
+        """Lock the SM clock (or set the limit), to be called between `claim` and `release` only.
+
+        As with NVML, success does not prove the clock: read it back.
 
         A value between two supported clocks is taken as the nearest one below, one outside the
         supported range is refused with `GpuArgumentError`.

@@ -7,10 +7,22 @@ import os
 from agft_ray.clock import Clock, WallClock
 from agft_ray.simulation.device import Device
 from agft_ray.simulation.shared_device import SharedDevice
-from agft_ray.types import GpuSample
+from agft_ray.types import Actuator, GpuSample
 
 
-class SimulatedGpu:
+class _SmClocks:
+    """What simulated GPUs have in common: SM clocks, which by themselves nobody contends for."""
+
+    actuator = Actuator.SM_CLOCK
+
+    def claim(self) -> None:
+        """Nothing to do: leases are `LeasedGpu`'s."""
+
+    def release(self) -> None:
+        """Nothing to do."""
+
+
+class SimulatedGpu(_SmClocks):
     """A simulated GPU whose state is the file at `path`, as made by `DeviceFile.create`.
 
     Every method raises `GpuLostError` once the file is gone.
@@ -33,23 +45,23 @@ class SimulatedGpu:
         return self._shared.clock
 
     @property
-    def supported_sm_clocks_mhz(self) -> tuple[int, ...]:
+    def arms(self) -> tuple[int, ...]:
         return self._shared.profile.supported_sm_clocks_mhz
 
     def read(self) -> GpuSample:
         with self._shared.transaction() as (device, now_s):
             return device.read(now_s)
 
-    def lock(self, sm_clock_mhz: int) -> None:
+    def lock(self, arm: int) -> None:
         with self._shared.transaction() as (device, now_s):
-            device.lock(now_s, sm_clock_mhz)
+            device.lock(now_s, arm)
 
     def reset(self) -> None:
         with self._shared.transaction() as (device, now_s):
             device.reset(now_s)
 
 
-class InMemoryGpu:
+class InMemoryGpu(_SmClocks):
     """A simulated GPU over a `Device`, on whatever clock its engine runs: virtual time."""
 
     def __init__(self, device: Device, clock: Clock, uuid: str = "GPU-simulated-0") -> None:
@@ -66,14 +78,14 @@ class InMemoryGpu:
         return self._device.profile.product
 
     @property
-    def supported_sm_clocks_mhz(self) -> tuple[int, ...]:
+    def arms(self) -> tuple[int, ...]:
         return self._device.profile.supported_sm_clocks_mhz
 
     def read(self) -> GpuSample:
         return self._device.read(self._clock.now_s())
 
-    def lock(self, sm_clock_mhz: int) -> None:
-        self._device.lock(self._clock.now_s(), sm_clock_mhz)
+    def lock(self, arm: int) -> None:
+        self._device.lock(self._clock.now_s(), arm)
 
     def reset(self) -> None:
         self._device.reset(self._clock.now_s())

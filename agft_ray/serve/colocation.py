@@ -49,7 +49,7 @@ class TunerLink:
         self.replica = spec.replica
         self.role = "tuned"
         """'tuned' or 'holdout', as last heard from the tuner."""
-        self._supported_sm_clocks_mhz = gpu.supported_sm_clocks_mhz
+        self._supported_sm_clocks_mhz = gpu.arms
         self._stats, self._figures = stats, figures
         self._config, self._config_version = spec.config, 0
         self._confirmed_version = 0

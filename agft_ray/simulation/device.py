@@ -183,7 +183,7 @@ class Device:
             energy_j=s.counter_energy_j,
             energy_t_s=s.counter_t_s,
             sm_clock_mhz=point.sm_clock_mhz,
-            locked_sm_clock_mhz=s.locked_sm_clock_mhz,
+            locked=s.locked_sm_clock_mhz,
             event_reasons=self._event_reasons(point),
             temperature_c=temperature.zero_power_c + temperature.rise_c_per_w * point.power_w,
         )

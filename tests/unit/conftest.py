@@ -56,7 +56,7 @@ def make_gpu_sample():
             energy_j=200.0 * t_s if energy_j is None else energy_j,
             energy_t_s=t_s if energy_t_s is None else energy_t_s,
             sm_clock_mhz=sm_clock_mhz,
-            locked_sm_clock_mhz=1230,
+            locked=1230,
             **changes,
         )
 

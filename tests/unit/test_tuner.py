@@ -12,14 +12,14 @@ from agft_ray.settings import TunerConfig
 from agft_ray.telemetry.engine_inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import MAX_FAULTS, Tuner
-from agft_ray.types import Decision, EngineSample, EventReason, GpuSample
+from agft_ray.types import Actuator, Decision, EngineSample, EventReason, GpuSample
 
 
 class ScriptedGpu:
     """A fake GPU: does what it is told at once, remembers every call, fails on demand."""
 
-    uuid, model = "GPU-scripted", "Scripted"
-    supported_sm_clocks_mhz = tuple(range(210, 2101, 15))
+    uuid, model, actuator = "GPU-scripted", "Scripted", Actuator.SM_CLOCK
+    arms = tuple(range(210, 2101, 15))
 
     def __init__(self, clock):
         self.clock = clock
@@ -28,6 +28,12 @@ class ScriptedGpu:
         self.read_error = self.lock_error = self.reset_error = None
         self.reasons = EventReason.NONE
         self.energy_stuck = False
+
+    def claim(self):
+        pass
+
+    def release(self):
+        pass
 
     def read(self):
         if self.read_error:
@@ -40,7 +46,7 @@ class ScriptedGpu:
             energy_j=0.0 if self.energy_stuck else power_w * t_s,
             energy_t_s=0.0 if self.energy_stuck else t_s,
             sm_clock_mhz=self.locked or 2100,
-            locked_sm_clock_mhz=self.locked,
+            locked=self.locked,
             event_reasons=self.reasons,
         )
 

@@ -149,7 +149,7 @@ def test_a_locked_clock_holds_when_idle():
     dev = device()
     dev.lock(0.0, 1290)
     sample = dev.read(100.0)
-    assert (sample.sm_clock_mhz, sample.locked_sm_clock_mhz) == (1290, 1290)
+    assert (sample.sm_clock_mhz, sample.locked) == (1290, 1290)
     assert sample.event_reasons == EventReason.GPU_IDLE
     dev.begin_step(100.0, DECODE)
     assert dev.read(100.01).event_reasons == EventReason.NONE

@@ -49,7 +49,7 @@ def test_one_process_sees_the_step_and_the_clock_change_of_the_other(path):
     assert engine.step_end_s() > end_s
     request_reset(path)
     with tuner.transaction() as (device, now_s):
-        assert device.read(now_s).locked_sm_clock_mhz is None
+        assert device.read(now_s).locked is None
 
 
 def test_the_clock_is_the_files(path):
