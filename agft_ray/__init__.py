@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agft_ray.engine_stats import EngineStats
-    from agft_ray.gpu.registry import GpuSpec, SimulatedGpuConfig, claim_simulated_gpu
+    from agft_ray.gpu.gpu_config import NvmlGpuConfig, SimulatedGpuConfig, ZeusdGpuConfig
+    from agft_ray.gpu.registry import claim_simulated_gpu
     from agft_ray.serve import TunerLink, attach_tuner, build_app
     from agft_ray.settings import TunerConfig
     from agft_ray.tuner import Tuner
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EngineStats",
-    "GpuSpec",
+    "NvmlGpuConfig",
     "SimulatedGpuConfig",
     "Tuner",
     "TunerConfig",
     "TunerLink",
+    "ZeusdGpuConfig",
     "attach_tuner",
     "build_app",
     "claim_simulated_gpu",
@@ -32,11 +34,12 @@ __all__ = [
 
 _HOMES = {
     "EngineStats": "engine_stats",
-    "GpuSpec": "gpu.registry",
-    "SimulatedGpuConfig": "gpu.registry",
+    "NvmlGpuConfig": "gpu.gpu_config",
+    "SimulatedGpuConfig": "gpu.gpu_config",
     "Tuner": "tuner",
     "TunerConfig": "settings",
     "TunerLink": "serve",
+    "ZeusdGpuConfig": "gpu.gpu_config",
     "attach_tuner": "serve",
     "build_app": "serve",
     "claim_simulated_gpu": "gpu.registry",

@@ -47,7 +47,7 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def _problem(item: Mapping[str, Any], model: type[BaseModel]) -> str:
-    field = ".".join(str(part) for part in item["loc"]) or "settings"
+    field = _place(item["loc"], model) or "settings"
     if item["type"] == "extra_forbidden":
         return f"{field}: unknown setting{_did_you_mean(item['loc'], model)}"
     if item["type"] == "missing":
@@ -56,6 +56,13 @@ def _problem(item: Mapping[str, Any], model: type[BaseModel]) -> str:
     if item["type"] == "value_error":
         return f"{field}: {message}"
     return f"{field}: {message[:1].lower()}{message[1:]}, got {item['input']!r}"
+
+
+def _place(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    """The field as the user has written it: without the names of a union's members."""
+    known = {*_field_names(model)}
+    parts = [part for part in loc[:-1] if isinstance(part, int) or part in known]
+    return ".".join(str(part) for part in [*parts, *loc[-1:]])
 
 
 def _did_you_mean(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from agft_ray.config import Count, NonNegative, Positive, StrictModel
 from agft_ray.policy.agft_config import AgftConfig
 from agft_ray.policy.registry import PolicyConfig
+from agft_ray.types import Actuator
 
 PUSH_INTERVAL_S = 0.1
 """Wall time between pushes of engine statistics from the replica to its tuner."""
@@ -57,6 +58,10 @@ class TunerConfig(StrictModel):
     """Lowest SM clock a policy may choose; None: the GPU's lowest."""
     max_sm_clock_mhz: Count | None = None
     """Highest SM clock a policy may choose; None: the GPU's highest."""
+    min_power_limit_w: Count | None = None
+    """Lowest power limit a policy may choose where that is the actuator; None: the GPU's lowest."""
+    max_power_limit_w: Count | None = None
+    """Highest power limit a policy may choose; None: the GPU's highest."""
     idle_windows: Count = 3
     """Empty windows in a row after which the policy's idle clock is set."""
     stale_after_s: Positive | None = None
@@ -76,11 +81,12 @@ class TunerConfig(StrictModel):
     @model_validator(mode="after")
     def _consistent(self) -> TunerConfig:
         problems = []
-        low, high = self.min_sm_clock_mhz, self.max_sm_clock_mhz
-        if low is not None and high is not None and low > high:
-            problems.append(
-                f"min_sm_clock_mhz ({low}) must not exceed max_sm_clock_mhz ({high}); swap them"
-            )
+        for name in ("sm_clock_mhz", "power_limit_w"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low is not None and high is not None and low > high:
+                problems.append(
+                    f"min_{name} ({low}) must not exceed max_{name} ({high}); swap them"
+                )
         if self.settle_s >= self.window_s:
             problems.append(
                 f"settle_s ({self.settle_s:g}) must be smaller than window_s ({self.window_s:g}); "
@@ -94,18 +100,31 @@ class TunerConfig(StrictModel):
         """`stale_after_s`, or its default at a clock that runs `speed` times faster."""
         return self.stale_after_s or max(STALE_AFTER_S, STALE_PUSHES * PUSH_INTERVAL_S * speed)
 
-    def arms(self, supported_sm_clocks_mhz: Sequence[int]) -> tuple[int, ...]:
-        """The clocks a policy may choose of those a GPU supports; raises `ValueError` if none."""
-        supported = supported_sm_clocks_mhz
-        low = self.min_sm_clock_mhz or supported[0]
-        high = self.max_sm_clock_mhz or supported[-1]
-        arms = tuple(clock for clock in supported if low <= clock <= high)
+    def arms(
+        self, supported: Sequence[int], actuator: Actuator = Actuator.SM_CLOCK
+    ) -> tuple[int, ...]:
+        """What a policy may choose of what a GPU supports; raises `ValueError` if nothing.
+
+        A GPU that supports nothing can be observed.
+        """
+        if not supported:
+            return ()
+        name, unit, what = _BOUNDS[actuator]
+        low = getattr(self, f"min_{name}") or supported[0]
+        high = getattr(self, f"max_{name}") or supported[-1]
+        arms = tuple(arm for arm in supported if low <= arm <= high)
         if not arms:
             raise ValueError(
-                f"no supported SM clock lies between min_sm_clock_mhz={low} and "
-                f"max_sm_clock_mhz={high}; this GPU supports {supported[0]}..{supported[-1]} MHz"
+                f"no supported {what} lies between min_{name}={low} and max_{name}={high}; this "
+                f"GPU supports {supported[0]}..{supported[-1]} {unit}"
             )
         return arms
+
+
+_BOUNDS = {
+    Actuator.SM_CLOCK: ("sm_clock_mhz", "MHz", "SM clock"),
+    Actuator.POWER_LIMIT: ("power_limit_w", "W", "power limit"),
+}
 
 
 def check_pushes(config: TunerConfig, *, speed: float) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from agft_ray.clock import Clock
+from agft_ray.clock_control import ClockControl
 from agft_ray.errors import GpuError, GpuLostError, GpuTransientError, StaleMetricsError
 from agft_ray.gpu.base import Gpu
 from agft_ray.policy.base import Policy
@@ -20,7 +21,17 @@ from agft_ray.telemetry.engine_inbox import EngineInbox
 from agft_ray.telemetry.features import extract
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.telemetry.windows import WindowRejectedError, close_window
-from agft_ray.types import THROTTLED, Arm, Context, Decision, Mode, Outcome, Prior, Window
+from agft_ray.types import (
+    THROTTLED,
+    Actuator,
+    Arm,
+    Context,
+    Decision,
+    Mode,
+    Outcome,
+    Prior,
+    Window,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +59,9 @@ class Tuner:
 
     Guarantees, in `control`: the clocks are reset before anything else, whenever statistics, energy
     or the GPU cannot be trusted for `stale_windows` windows, after any exception, on `stop`, and
-    when the generator is closed; a reset that fails is tried again. In the other modes nothing is
-    touched but what the tuner itself has locked. A policy learns only from windows that are
-    evidence about their clock.
+    when the generator is closed; a reset that fails is tried again. In the other modes, and while
+    the clocks are not ours to set (see `ClockControl`), nothing is touched but what the tuner
+    itself has locked. A policy learns only from windows that are evidence about their clock.
 
     `run` is a generator of wake-up times on `clock`: whoever drives it sleeps until the time it
     yields (or less: being resumed early is harmless) and resumes it; under Ray that is a thread,
@@ -75,15 +86,13 @@ class Tuner:
         self.holdout = False
         """Keep default clocks whatever the policy says, as the baseline of others."""
         self.state = "starting"
-        self.clock_changes = 0
+        self.control = ClockControl(gpu, clock)
         self._on_record = on_record
         # Handed over between threads: a deque's append and pop are atomic.
         self._pending: deque[TunerConfig] = deque(maxlen=1)
         self._priors: deque[Prior] = deque(maxlen=1)
         self._stopped = False
-        self._locked: Arm = None
-        self._reset_due = True
-        self._settled_s = 0.0
+        self._controls = False
         self._context: Context | None = None
         self._idle = self._blind = self._beyond_slo = self._cooldown = self._faults = 0
         self._apply(config)
@@ -97,7 +106,7 @@ class Tuner:
         SLOs, length of a window) changed. Raises `ValueError`, and changes nothing, if no supported
         clock lies within the bounds.
         """
-        config.arms(self.gpu.arms)
+        config.arms(self.gpu.arms, self.gpu.actuator)
         self._pending.append(config)
 
     def offer_prior(self, prior: Prior) -> None:
@@ -113,6 +122,16 @@ class Tuner:
         return Mode(self.config.mode)
 
     @property
+    def arms(self) -> tuple[int, ...]:
+        """What the policy may choose: supported, within the bounds, and kept by the GPU."""
+        dropped = self.control.dropped
+        return tuple(arm for arm in self._arms if arm not in dropped) or self._arms
+
+    @property
+    def clock_changes(self) -> int:
+        return self.control.changes
+
+    @property
     def waits_for_work(self) -> bool:
         """True while the engine has been empty for long: resume the loop once it is not."""
         return self._idle >= self.config.idle_windows
@@ -124,7 +143,8 @@ class Tuner:
         if learning(config) != learning(self.config):
             self.policy = build_policy(config.policy)
             self._priors.clear()
-        self.arms = config.arms(self.gpu.arms)
+        self.control.restart()
+        self._arms = config.arms(self.gpu.arms, self.gpu.actuator)
         self._stale_after_s = config.stale_limit_s(self.clock.speed)
         self.reward = Reward(
             DELAY_EXPONENTS[config.objective], config.slo.ttft_s, config.slo.tpot_s
@@ -149,7 +169,7 @@ class Tuner:
                 except Exception as error:
                     yield self._after_fault(error)
         finally:
-            if self._let_go() and self.state not in ("gpu lost", "fault"):
+            if self.control.let_go() and self.state not in ("gpu lost", "fault"):
                 self.state = "stopped"
 
     def _step(self) -> Iterator[float]:
@@ -158,10 +178,11 @@ class Tuner:
             self._apply(self._pending.pop())
         if self._priors:
             self.policy.merge(self._priors.pop())
-        if self.mode is not Mode.CONTROL:
-            self._let_go()
-        elif self._reset_due:
-            self._set_clock(None)
+        if self.mode is Mode.CONTROL:
+            self._controls = self.control.take(self.config.settle_s)
+        else:
+            self._controls = False
+            self.control.let_go()
         if self.mode is Mode.OFF:
             self.state = "off"
             yield self.clock.now_s() + self.config.window_s
@@ -169,14 +190,14 @@ class Tuner:
         window, note = yield from self._observe()
         reward = self._learn(window) if window else None
         decision = self._decide(window, note)
-        if self.mode is Mode.CONTROL:
-            self._set_clock(decision.arm)
+        if self._controls and not self.control.is_withdrawn:
+            self.control.set(decision.arm, self.config.settle_s)
         self._on_record(WindowRecord(self.clock.now_s(), window, reward, decision, note))
 
     def _observe(self) -> Generator[float, None, tuple[Window | None, str]]:
         """One window under the present clock; or None, and why there is none."""
         config = self.config
-        start_s = max(self.clock.now_s(), self._settled_s)
+        start_s = max(self.clock.now_s(), self.control.settled_s)
         end_s = start_s + config.window_s
         yield start_s
         readings = [self.gpu.read()]
@@ -190,8 +211,8 @@ class Tuner:
         arm = readings[-1].locked
         if any(reading.locked != arm for reading in readings):
             return None, "the lock changed within the window"
-        if self.mode is Mode.CONTROL and arm != self._locked:
-            expected, self._locked = self._locked, arm
+        if self._controls and arm != self.control.locked:
+            expected, self.control.locked = self.control.locked, arm
             return None, f"locked at {arm}, not at {expected}: somebody else sets clocks"
         try:
             self.engine.latest(self.clock.now_s(), self._stale_after_s)
@@ -204,6 +225,8 @@ class Tuner:
             )
         except (StaleMetricsError, WindowRejectedError) as error:
             return None, str(error)
+        if self._controls and not window.is_idle:
+            self.control.check(readings[-1])
         return window, ""
 
     def _engine_is_idle(self) -> bool:
@@ -218,14 +241,15 @@ class Tuner:
         reward = self.reward(window)
         if reward is None or window.event_reasons & THROTTLED:
             return reward
-        observed = None if window.arm is None else self._nearest_arm(window.sm_clock_mhz)
-        outcome = Outcome(window.arm, observed, extract(window), reward, window)
+        outcome = Outcome(window.arm, self._observed_arm(window), extract(window), reward, window)
         self.policy.update(outcome)
         return reward
 
-    def _nearest_arm(self, sm_clock_mhz: float) -> int:
-        clocks = self.gpu.arms
-        return min(clocks, key=lambda clock: abs(clock - sm_clock_mhz))
+    def _observed_arm(self, window: Window) -> Arm:
+        """The SM clock that was really there; a power limit is what it was set to."""
+        if window.arm is None or self.gpu.actuator is not Actuator.SM_CLOCK:
+            return window.arm
+        return min(self.gpu.arms, key=lambda clock: abs(clock - window.sm_clock_mhz))
 
     def _decide(self, window: Window | None, note: str) -> Decision:
         """The next arm. Default clocks wherever the loop cannot know or must not interfere."""
@@ -236,14 +260,16 @@ class Tuner:
             if throttled:
                 self._cooldown = self.config.cooldown_windows
             return self._rest("throttled" if throttled else "blind")
-        if self._beyond_slo >= self.config.slo_windows and self._locked is not None:
+        if self._beyond_slo >= self.config.slo_windows and self.control.locked is not None:
             self._beyond_slo, self._cooldown = 0, self.config.cooldown_windows
         if self._cooldown > 0:
             self._cooldown -= 1
             return self._rest("cooldown")
         if self.holdout:
             return self._rest("holdout")
-        self.state = "tuning" if self.mode is Mode.CONTROL else "observing"
+        self.state = "tuning" if self._controls else self.control.state or "observing"
+        if not self.arms:
+            return Decision(None, "no arms")
         if self.waits_for_work:
             return self.policy.select_idle(self.arms)
         if window is not None and not window.is_idle:
@@ -251,7 +277,7 @@ class Tuner:
         if self._context is None:
             return Decision(None, "no load yet")
         if (window is None or throttled) and not was_waiting:
-            return Decision(self._locked, "hold")
+            return Decision(self.control.locked, "hold")
         return self.policy.select(self._context, self.arms)
 
     def _count(self, window: Window | None, throttled: bool, note: str) -> None:
@@ -266,19 +292,7 @@ class Tuner:
         self.state = state
         return Decision(None, state)
 
-    # -- the GPU -------------------------------------------------------------------------------
-
-    def _set_clock(self, arm: Arm) -> None:
-        """Lock or reset, only when it changes something; then let the clock settle."""
-        if arm == self._locked and not self._reset_due:
-            return
-        if arm is None:
-            self.gpu.reset()
-        else:
-            self.gpu.lock(arm)
-        self.clock_changes += arm != self._locked
-        self._locked, self._reset_due = arm, False
-        self._settled_s = self.clock.now_s() + self.config.settle_s
+    # -- faults ------------------------------------------------------------------------------------
 
     def _after_fault(self, error: Exception) -> float:
         """Back to default clocks. Tries again a while later, but neither for ever nor in vain."""
@@ -288,22 +302,7 @@ class Tuner:
         )
         self.state = "fault"
         self._idle = self._blind = self._beyond_slo = 0
-        self._reset()
+        self.control.reset_own()
         permanent = isinstance(error, GpuError) and not isinstance(error, GpuTransientError)
         self._stopped = permanent or self._faults >= MAX_FAULTS
         return self.clock.now_s() + float(self.config.window_s * 2**self._faults)
-
-    def _let_go(self) -> bool:
-        """Reset the clocks if they are or may be ours; False if that fails."""
-        return self._locked is None or self._reset()
-
-    def _reset(self) -> bool:
-        """Reset the clocks whatever state things are in; False, and still due, if that fails."""
-        self._reset_due = True
-        try:
-            self.gpu.reset()
-        except GpuError:
-            log.exception("clocks of %s could not be reset", self.gpu.uuid)
-            return False
-        self._locked, self._reset_due = None, False
-        return True

@@ -289,6 +289,7 @@ class PriorKey:
     feature_schema: int
     reward_schema: int
     policy: str
+    actuator: str = Actuator.SM_CLOCK.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,18 +8,22 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from agft_ray.actors.experience_aggregator import get_aggregator
+from agft_ray.actors.gpu_actuator import RemoteGpu
+from agft_ray.actors.messages import EnginePush, TunerReply, TunerSpec
 from agft_ray.actors.metrics_scraper import get_scraper, report_interval_s
 from agft_ray.actors.tuner_metrics import TunerMetrics
-from agft_ray.errors import AgftError
-from agft_ray.gpu.guard import Guard
-from agft_ray.gpu.registry import GpuSpec, open_gpu
+from agft_ray.actors.tuner_status import engine_figures, gpu_figures, tuner_figures
+from agft_ray.errors import GpuError, GpuLostError, GpuTransientError
+from agft_ray.gpu.base import Gpu
+from agft_ray.gpu.group import GpuGroup
+from agft_ray.gpu.leased import LeasedGpu
+from agft_ray.gpu.registry import open_gpu
 from agft_ray.policy.reward import REWARD_SCHEMA
 from agft_ray.priors.store import ReplicaReport
 from agft_ray.settings import TunerConfig
@@ -27,99 +31,52 @@ from agft_ray.telemetry.engine_inbox import EngineInbox
 from agft_ray.telemetry.features import FEATURE_SCHEMA
 from agft_ray.telemetry.ray_metrics import ServeMetrics, to_sample
 from agft_ray.tuner import Tuner, WindowRecord
-from agft_ray.types import EngineSample, Experience, PriorKey
+from agft_ray.types import Experience, PriorKey
 
 log = logging.getLogger(__name__)
 
 GOSSIP_INTERVAL_S = 1.0
 """Wall time between reports to the aggregator, and between reads of Ray's metrics."""
 GOSSIP_TIMEOUT_S = 5.0
+BEAT_S = 0.5
+"""Wall time within which the loop's thread shows its clock guard that it is alive."""
+OPEN_RETRY_S = 1.0
+MAX_OPEN_RETRY_S = 60.0
+"""Wall time between attempts to open a GPU that does not answer: at first, and at most."""
 MAX_METRICS_AGE_INTERVALS = 3.0
 """Ray's metrics older than this many report intervals count as missing."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineIdentity:
-    """What distinguishes engines whose experience must not be mixed."""
-
-    model: str
-    tensor_parallel: int = 1
-    role: str = "mixed"
-    quantisation: str = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class TunerSpec:
-    """All a tuner actor needs; it is handed over again when Ray restarts the actor."""
-
-    application: str
-    deployment: str
-    replica: str
-    gpu: GpuSpec
-    engine: EngineIdentity
-    config: TunerConfig
-
-
-@dataclass(frozen=True, slots=True)
-class EnginePush:
-    """What a replica tells its tuner ten times a second.
-
-    `figures` are further facts for the status page; `config` comes along until the tuner has
-    answered with its version.
-    """
-
-    sample: EngineSample
-    rank: int | None
-    figures: dict[str, Any]
-    config: TunerConfig | None
-    config_version: int
-
-
-@dataclass(frozen=True, slots=True)
-class TunerReply:
-    """The replica's role ('tuned' or 'holdout') and the version of the settings in force."""
-
-    role: str
-    config_version: int
 
 
 class FrequencyTuner:
     """Thin Ray shell round `Tuner`.
 
-    A thread of its own drives the loop and is the only one that sets the GPU's clocks; what talks
-    to others (the replica, the aggregator, the node's metrics scraper) runs on the actor's event
-    loop and cannot delay it. The guard process is started first: whatever ends this process, the
-    clocks are reset.
+    A thread of its own opens the GPU and drives the loop, and is the only one that sets clocks;
+    what talks to others (the replica, the aggregator, the node's metrics scraper) runs on the
+    actor's event loop and cannot delay it. The clocks are set under a lease and watched by a guard
+    process (see `LeasedGpu`): whatever ends or stops this process, they are reset.
     """
 
     def __init__(self, spec: TunerSpec) -> None:
         self._spec = spec
-        self._guard = Guard.start(spec.gpu.reset_paths)
-        gpu, self._clock = open_gpu(spec.gpu)
+        self._clock = spec.gpu.clock
         self._inbox = EngineInbox()
         max_age_s = MAX_METRICS_AGE_INTERVALS * report_interval_s() * self._clock.speed
         self._serve_metrics = ServeMetrics(max_age_s=max_age_s)
-        self._tuner = Tuner(
-            spec.config,
-            gpu=gpu,
-            engine=self._inbox,
-            serve=self._serve_metrics,
-            clock=self._clock,
-            on_record=self._on_record,
-        )
-        self._metrics = TunerMetrics(spec.application, spec.deployment, spec.replica, gpu.uuid)
+        self._config, self._config_version, self._config_error = spec.config, 0, ""
+        self._leased: LeasedGpu | None = None
+        self._tuner: Tuner | None = None
+        self._unavailable = self._gpu_lost = ""
         self._rank: int | None = None
         self._figures: dict[str, Any] = {}
         self._windows = 0
         self._loop_cpu_s = 0.0
         self._last: WindowRecord | None = None
-        self._learned: tuple[PriorKey, Experience | None] = (self._prior_key(), None)
+        self._learned: tuple[PriorKey, Experience | None] | None = None
         """Experience, and the key it belongs to; made together, in the loop's thread."""
-        self._policy_status = self._tuner.policy.status()
+        self._policy_status: dict[str, Any] = {}
         self._experience_due = True
         self._wake = threading.Event()
         self._ended = threading.Event()
-        self._config_version = 0
         self._scraper: Any = None
         self._aggregator: Any = None
         self._gossip: list[asyncio.Task[None]] = []
@@ -132,44 +89,117 @@ class FrequencyTuner:
         """Take what the replica has to say; answers at once."""
         self._inbox.push(push.sample)
         self._rank, self._figures = push.rank, push.figures
-        if push.config is not None:
-            self._tuner.reconfigure(push.config)
-            self._config_version = push.config_version
-            self._wake.set()
-        if self._tuner.waits_for_work and not push.sample.is_idle:
+        if push.config is not None and push.config_version != self._config_version:
+            self._reconfigure(push.config, push.config_version)
+        if self._tuner and self._tuner.waits_for_work and not push.sample.is_idle:
             self._wake.set()
         if not self._gossip:
-            talks = (self._keep_guard, self._read_ray_metrics, self._report)
+            talks = (self._read_ray_metrics, self._report)
             self._gossip = [asyncio.create_task(self._repeat(talk)) for talk in talks]
-        return TunerReply(self._role(), self._config_version)
+        return TunerReply(self._role(), self._config_version, self._config_error, self._gpu_lost)
+
+    def _reconfigure(self, config: TunerConfig, version: int) -> None:
+        """Take settings, or keep the old ones if the GPU has no arm within their bounds."""
+        self._config_version, self._config_error = version, ""
+        try:
+            if self._tuner is not None:
+                self._tuner.reconfigure(config)
+            self._config = config
+        except ValueError as error:
+            self._config_error = f"user_config: {error}"
+            log.error("keeping the settings of replica %s: %s", self._spec.replica, error)
+        self._wake.set()
 
     async def release(self) -> None:
         """Reset the clocks, end the loop and the guard."""
         self._released = True
-        self._tuner.stop()
+        if self._tuner is not None:
+            self._tuner.stop()
         self._wake.set()
         await asyncio.to_thread(self._ended.wait, GOSSIP_TIMEOUT_S)
 
     async def status(self) -> dict[str, Any]:
-        return self._status()
+        return await self._status()
 
-    # -- the loop's thread, and gossip -------------------------------------------------------------
+    # -- the loop's thread ---------------------------------------------------------------------
 
     def _drive(self) -> None:
-        """Resume the loop at the times it asks for, or at once when woken."""
+        """Open the GPU, then resume the loop at the times it asks for, or at once when woken."""
         try:
-            for wake_s in self._tuner.run():
-                self._loop_cpu_s = time.thread_time()
-                delay_s = (wake_s - self._clock.now_s()) / self._clock.speed
-                if delay_s > 0:
-                    self._wake.wait(delay_s)
-                self._wake.clear()
-        except AgftError:
+            self._tuner = self._open()
+            if self._tuner is not None:
+                self._metrics = TunerMetrics(
+                    self._spec.application,
+                    self._spec.deployment,
+                    self._spec.replica,
+                    self._tuner.gpu.uuid,
+                )
+                for wake_s in self._tuner.run():
+                    self._loop_cpu_s = time.thread_time()
+                    self._sleep_until(wake_s)
+        except GpuLostError as error:
+            self._gpu_lost = str(error)
+        except Exception:
             log.exception("the tuner of replica %s has ended", self._spec.replica)
         finally:
             self._ended.set()
-            if self._tuner.state == "stopped":
-                self._guard.release()
+
+    def _open(self) -> Tuner | None:
+        """The tuner, once its GPUs answer; None if it is certain that they never will."""
+        self._unavailable = self._spec.problem
+        if self._unavailable:
+            return None
+        retry_s = OPEN_RETRY_S
+        while not self._released:
+            try:
+                gpu = self._open_gpu()
+                return Tuner(
+                    self._config,
+                    gpu=gpu,
+                    engine=self._inbox,
+                    serve=self._serve_metrics,
+                    clock=self._clock,
+                    on_record=self._on_record,
+                )
+            except GpuLostError:
+                raise
+            except (GpuError, ValueError) as error:
+                self._unavailable = str(error)
+                log.error("replica %s is not tuned: %s", self._spec.replica, error)
+                if isinstance(error, ValueError):
+                    self._config_error = f"user_config: {error}"
+                elif not isinstance(error, GpuTransientError):
+                    return None
+            self._wake.wait(retry_s)
+            self._wake.clear()
+            retry_s = min(2 * retry_s, MAX_OPEN_RETRY_S)
+        return None
+
+    def _open_gpu(self) -> Gpu:
+        spec = self._spec
+        gpus: list[Gpu] = []
+        if spec.gpu.devices:
+            self._leased = self._leased or open_gpu(spec.gpu, owner=spec.owner)
+            if self._config.mode == "control":
+                self._leased.sweep()
+            gpus.append(self._leased)
+        gpus += [RemoteGpu(node, gpu, self._clock, spec.owner) for node, gpu in spec.elsewhere]
+        return gpus[0] if len(gpus) == 1 else GpuGroup(gpus)
+
+    def _sleep_until(self, wake_s: float) -> None:
+        """Sleep, in naps short enough for the guard to see that this thread does not hang."""
+        self._beat()
+        while (delay_s := (wake_s - self._clock.now_s()) / self._clock.speed) > 0:
+            if self._wake.wait(min(delay_s, BEAT_S)):
+                break
+            self._beat()
+        self._wake.clear()
+
+    def _beat(self) -> None:
+        if self._leased is not None:
+            self._leased.beat()
+
+    # -- gossip --------------------------------------------------------------------------------
 
     async def _repeat(self, talk: Callable[[], Awaitable[None]]) -> None:
         """Do something every second, whatever becomes of it, until the replica lets go."""
@@ -181,12 +211,6 @@ class FrequencyTuner:
                 log.warning("%s: %r", talk.__name__.strip("_"), error)
             await asyncio.sleep(GOSSIP_INTERVAL_S)
 
-    async def _keep_guard(self) -> None:
-        """Clocks are not to be set without a guard: replace one that was killed."""
-        if not self._guard.is_alive and not self._ended.is_set():
-            log.warning("the clock guard is gone, starting another")
-            self._guard = await asyncio.to_thread(Guard.start, self._spec.gpu.reset_paths)
-
     async def _read_ray_metrics(self) -> None:
         self._scraper = self._scraper or get_scraper()
         taken_s, series = await self._scraper.read.remote(self._spec.replica)
@@ -195,27 +219,38 @@ class FrequencyTuner:
             self._serve_metrics.push(to_sample(series, t_s=t_s, speed=self._clock.speed))
 
     async def _report(self) -> None:
-        spec, config = self._spec, self._tuner.config
-        key, experience = self._learned
+        spec, tuner = self._spec, self._tuner
+        if tuner is None:
+            key, experience = self._prior_key("", ""), None
+        else:
+            key, experience = self._learned or (self._key_of(tuner), None)
+        config = self._config
         report = ReplicaReport(
             replica=spec.replica,
             deployment=f"{spec.application}#{spec.deployment}",
             rank=self._rank,
             key=key,
             experience=experience if config.share_experience else None,
-            status=self._status(),
+            status=await self._status(),
         )
         self._experience_due = True
         self._aggregator = self._aggregator or get_aggregator()
         reply = await self._aggregator.report.remote(report)
-        self._tuner.holdout = reply.order < config.holdout_replicas
-        if reply.prior is not None and config.share_experience and key == self._prior_key():
-            self._tuner.offer_prior(reply.prior)
+        if tuner is None:
+            return
+        tuner.holdout = reply.order < config.holdout_replicas
+        if reply.prior is not None and config.share_experience and key == self._key_of(tuner):
+            tuner.offer_prior(reply.prior)
 
-    def _prior_key(self) -> PriorKey:
-        engine, config = self._spec.engine, self._tuner.config
+    def _key_of(self, tuner: Tuner) -> PriorKey:
+        return self._prior_key(tuner.gpu.model, tuner.gpu.actuator.value)
+
+    def _prior_key(self, gpu_model: str, actuator: str) -> PriorKey:
+        engine = self._spec.engine
+        config = self._config if self._tuner is None else self._tuner.config
         return PriorKey(
-            gpu_model=self._tuner.gpu.model,
+            gpu_model=gpu_model,
+            actuator=actuator,
             engine_model=engine.model,
             tensor_parallel=engine.tensor_parallel,
             role=engine.role,
@@ -224,63 +259,55 @@ class FrequencyTuner:
             window_s=config.window_s,
             feature_schema=FEATURE_SCHEMA,
             reward_schema=REWARD_SCHEMA,
-            policy=self._tuner.policy.name,
+            policy=config.policy.name,
         )
 
     def _on_record(self, record: WindowRecord) -> None:
         self._windows += 1
         self._last = record
+        tuner = self._tuner
+        if tuner is None:  # the loop's thread sets it before the first window
+            return
         if self._experience_due:
-            policy = self._tuner.policy
-            self._learned = self._prior_key(), policy.experience()
+            policy = tuner.policy
+            self._learned = self._key_of(tuner), policy.experience()
             self._policy_status, self._experience_due = policy.status(), False
-        self._metrics.export(record, state=self._tuner.state)
+        self._metrics.export(record, state=tuner.state)
 
     def _role(self) -> str:
-        return "holdout" if self._tuner.holdout else "tuned"
+        return "holdout" if self._tuner and self._tuner.holdout else "tuned"
 
-    def _status(self) -> dict[str, Any]:
+    async def _status(self) -> dict[str, Any]:
         """Figures for people. Energy and counters are read together, at `t_s`."""
-        gpu, tuner, last = self._tuner.gpu.read(), self._tuner, self._last
-        serve = self._serve_metrics.window(self._clock.now_s())
         status: dict[str, Any] = {
             "rank": self._rank,
             "role": self._role(),
-            "mode": tuner.mode.value,
-            "state": tuner.state,
-            "policy": tuner.policy.name,
-            "policy_status": self._policy_status,
+            "mode": self._config.mode,
+            "state": "gpu lost" if self._gpu_lost else "unavailable",
+            "reason": self._gpu_lost or self._unavailable,
             "tuner_pid": os.getpid(),
-            "guard_pid": self._guard.pid,
-            "gpu_uuid": tuner.gpu.uuid,
-            "gpu_model": tuner.gpu.model,
-            "t_s": gpu.t_s,
-            "energy_j": gpu.energy_j,
-            "energy_t_s": gpu.energy_t_s,
-            "power_w": gpu.power_w,
-            "sm_clock_mhz": gpu.sm_clock_mhz,
-            "locked_sm_clock_mhz": gpu.locked,
-            "clock_changes": tuner.clock_changes,
+            "guard_pid": self._leased.guard_pid if self._leased else None,
             "windows": self._windows,
             "loop_cpu_s": self._loop_cpu_s,
-            "last_reward": last.reward if last else None,
-            "last_decision": last.decision.reason if last else None,
-            "last_note": last.note if last else "",
-            "serve_request_rate_per_s": serve.request_rate_per_s if serve else None,
-            "serve_metrics_age_s": serve.age_s if serve else None,
         }
+        if self._tuner is not None:
+            status |= await self._figures_of(self._tuner)
         samples = self._inbox.since(float("-inf"))
         if samples:
-            engine = samples[-1]
-            status |= {
-                "running": engine.running,
-                "waiting": engine.waiting,
-                "prompt_tokens": engine.prompt_tokens,
-                "generation_tokens": engine.generation_tokens,
-                "requests": engine.e2e_count,
-                "engine_t_s": engine.t_s,
-            }
+            status |= engine_figures(samples[-1])
         return status | self._figures
+
+    async def _figures_of(self, tuner: Tuner) -> dict[str, Any]:
+        figures = tuner_figures(tuner, self._last) | {"policy_status": self._policy_status}
+        serve = self._serve_metrics.window(self._clock.now_s())
+        if serve is not None:
+            figures["serve_request_rate_per_s"] = serve.request_rate_per_s
+            figures["serve_metrics_age_s"] = serve.age_s
+        try:
+            # In a thread, for no clock call may keep the actor from answering.
+            return figures | gpu_figures(await asyncio.to_thread(tuner.gpu.read), tuner.gpu)
+        except GpuError as error:
+            return figures | {"reason": str(error)}
 
 
 def start_tuner(spec: TunerSpec) -> Any:

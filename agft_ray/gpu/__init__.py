@@ -1,1 +1,1 @@
-"""GPUs: what the loop reads and locks, and the guard that unlocks whatever happens."""
+"""GPUs: what the loop reads and locks, under leases, and guards that unlock whatever happens."""

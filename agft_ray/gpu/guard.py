@@ -1,8 +1,12 @@
-"""The clock guard: a small process that resets the clocks when their owner is gone.
+"""The clock guard: a small process that resets the clocks when their owner is gone, or hangs.
 
 Ray kills a worker and its direct children with SIGKILL and runs no clean-up. So the guard is
 re-parented by a double fork, in a session of its own, and waits for the end of a pipe whose other
-end only the owner holds: the kernel closes it however the owner dies.
+end only the owner holds: the kernel closes it however the owner dies. Into it the owner writes
+beats; when they stay out, the guard takes the right back (see `gpu.lease`) and resets as well. It
+shares the locks of the leases, so nobody else gets a GPU before it is done.
+
+`python -m agft_ray.gpu.guard --node` serves the node: it resets what even a killed guard left.
 """
 
 from __future__ import annotations
@@ -12,67 +16,86 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from agft_ray.errors import GpuError
-from agft_ray.simulation import device_file
+from agft_ray.gpu import lease_record, restore
+from agft_ray.gpu.lease import Lease, default_directory, revoke, sweep, undo
+from agft_ray.gpu.lease_record import Paths
 
-_RELEASE = b"r"
+BEAT_S = 0.25
+"""The least time between two beats."""
+RETRY_S = 10.0
+"""How long a reset that fails is tried again before it is left to the node or the next owner."""
+
+_BEAT, _RELEASE = b"b", b"r"
+_USAGE = """usage: python -m agft_ray.gpu.guard --node [--lease-dir DIR] [--interval-s S]
+(the guard of one owner is started by that owner: agft_ray.gpu.guard.Guard.start)"""
 
 
 class Guard:
     """The owner's handle on its guard process; the clocks are safe for as long as it runs."""
 
     def __init__(self, pid: int, pipe: int) -> None:
+        import threading
+
         self.pid = pid
         self._pipe: int | None = pipe
+        self._using = threading.Lock()  # a pipe closed by one thread may be another's new file
+        self._next_beat_s = 0.0
+        os.set_blocking(pipe, False)
         # A forked child that kept the pipe open would keep the guard from seeing our death.
         os.register_at_fork(after_in_child=self._close)
 
     @classmethod
-    def start(cls, paths: Sequence[str | os.PathLike[str]]) -> Guard:
-        """Start a guard for the simulated GPUs in these state files, and wait until it is ready.
+    def start(cls, leases: Sequence[Lease], *, heartbeat_s: float = 5.0) -> Guard:
+        """Start a guard for these leases, and wait until it is ready.
 
-        Raises `GpuError` with the process's own words if it does not start.
+        It resets when this process is gone, or has not called `beat` for `heartbeat_s` (from now
+        on), and again every `heartbeat_s` until it does.
+
+        Raises `GpuError` with the process's own words if it does not start, what `Lease.renew`
+        does if a lease is lost for good.
         """
-        import subprocess
-
-        targets = [os.path.abspath(path) for path in paths]
-        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        waiting, pipe = os.pipe2(os.O_CLOEXEC)
+        guard = cls(*_spawn(leases, heartbeat_s))
         try:
-            starter = subprocess.run(
-                [sys.executable, "-m", "agft_ray.gpu.guard", *targets],
-                stdin=waiting,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                cwd="/",
-                env={**os.environ, "PYTHONPATH": root},
-                start_new_session=True,
-            )
-        finally:
-            os.close(waiting)
-        words = starter.stdout.decode(errors="replace").strip()
-        if starter.returncode or not words.isdigit():
-            os.close(pipe)
-            raise GpuError(f"the clock guard did not start: {words[-500:] or 'it said nothing'}")
-        return cls(int(words), pipe)
+            for lease in leases:
+                lease.renew(guard_pid=guard.pid)
+        except BaseException:
+            guard.release()
+            raise
+        return guard
 
     @property
     def is_alive(self) -> bool:
         """Whether the guard still watches; False after `release` or if it was killed."""
-        if self._pipe is None:
-            return False
-        poll = select.poll()
-        poll.register(self._pipe, 0)
-        return not poll.poll(0)
+        with self._using:
+            return self._pipe is not None and not _reader_is_gone(self._pipe, 0.0)
+
+    def beat(self) -> None:
+        """Say that the loop is in charge. Never blocks or raises, and may be called often."""
+        now_s = time.monotonic()
+        if now_s >= self._next_beat_s:
+            self._next_beat_s = now_s + BEAT_S
+            self._write(_BEAT)
 
     def release(self) -> None:
-        """Let the guard go without a reset: for after an explicit one. Safe to repeat."""
-        if self._pipe is not None:
-            with contextlib.suppress(BrokenPipeError):
-                os.write(self._pipe, _RELEASE)
-            self._close()
+        """Let the guard go without a reset: for after an explicit one. Safe to repeat.
+
+        Waits up to a second for its end, so that a lease released next is free at once.
+        """
+        self._write(_RELEASE)
+        with self._using:
+            if self._pipe is not None:
+                _reader_is_gone(self._pipe, 1.0)
+                self._close()
+
+    def _write(self, message: bytes) -> None:
+        with self._using, contextlib.suppress(OSError):
+            if self._pipe is not None:
+                os.write(self._pipe, message)
 
     def _close(self) -> None:
         if self._pipe is not None:
@@ -80,28 +103,170 @@ class Guard:
             self._pipe = None
 
 
-def reset_clocks(target: str) -> None:
-    """Return one guarded GPU to default clocks: the one place that knows what a target is."""
-    device_file.request_reset(target)
+class _Guarded:
+    """One GPU in the guard process, with the lock that is held until it is reset."""
+
+    def __init__(self, argument: str) -> None:
+        fd, _, path = argument.partition(":")
+        self.fd = int(fd)
+        directory, name = os.path.split(path)
+        self.paths = Paths.of(directory, name.removesuffix(".json"))
+        record = lease_record.read_record(self.paths)
+        if record is None:
+            raise GpuError(f"no lease record {path}")
+        self._target = record.target
+        restore.prepare(record.target["backend"])
+
+    def revoke(self) -> None:
+        """Make the owner notice, should it live; it may not be possible, the reset comes anyway.
+
+        The owner may call `Lease.renew` at the same moment. If our record comes last, its lease
+        stays lost: it checks after each write to the GPU and resets. If its own does, the lease
+        is renewed, and our reset still follows: clocks are at default, or as set after by right.
+        """
+        with contextlib.suppress(GpuError):
+            revoke(self.paths)
+
+    def reset(self) -> bool:
+        """Whether it worked, or was not needed; a record that is gone or damaged is no excuse."""
+        try:
+            record = lease_record.believed_record(self.paths)
+            self._target = self._target if record is None else record.target
+            undo(self._target)
+        except Exception:  # whatever it is, it must not keep the other GPUs from their reset
+            return False
+        return True
 
 
-def main(targets: Sequence[str]) -> None:
-    """Run as the guard, with the pipe as standard input: `python -m agft_ray.gpu.guard FILE...`.
+def _spawn(leases: Sequence[Lease], heartbeat_s: float) -> tuple[int, int]:
+    """Start the guard process: its PID, and the writing end of its pipe."""
+    import subprocess
 
-    Ends after a reset at the end of the pipe or on SIGTERM, SIGINT or SIGHUP, and without one when
-    released.
-    """
+    arguments = ["--owner", str(heartbeat_s), *(f"{one.fd}:{one.record_path}" for one in leases)]
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    waiting, pipe = os.pipe2(os.O_CLOEXEC)
+    try:
+        # -S: nothing of a site-packages is needed, and looking at them costs memory
+        starter = subprocess.run(
+            [sys.executable, "-S", "-P", "-m", "agft_ray.gpu.guard", *arguments],
+            stdin=waiting,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd="/",
+            env={**os.environ, "PYTHONPATH": root},
+            start_new_session=True,
+            pass_fds=[one.fd for one in leases],
+        )
+    finally:
+        os.close(waiting)
+    words = starter.stdout.decode(errors="replace").strip()
+    if starter.returncode or not words.isdigit():
+        os.close(pipe)
+        raise GpuError(f"the clock guard did not start: {words[-500:] or 'it said nothing'}")
+    return int(words), pipe
+
+
+def _reader_is_gone(pipe: int, timeout_s: float) -> bool:
+    return bool(_poll(pipe, events=0).poll(timeout_s * 1000))
+
+
+def _poll(*fds: int, events: int = select.POLLIN) -> select.poll:
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, events)
+    return poll
+
+
+def _guard(arguments: Sequence[str]) -> NoReturn:
+    """Run as an owner's guard: heartbeat_s, then `FD:RECORD` for each lease; the pipe is stdin."""
+    heartbeat_s = float(arguments[0])
+    guarded = [_Guarded(argument) for argument in arguments[1:]]
     if os.fork():
         os._exit(0)
     stop = _stop_signals()
     print(os.getpid(), flush=True)
     _silence()
-    ready, _, _ = select.select([0, stop], [], [])
-    if stop not in ready and os.read(0, 1) == _RELEASE:
-        return
-    for target in targets:
+    if (end := _watch(guarded, heartbeat_s, stop)) != "released":
+        _reset_all(guarded, owner_is_dead=end == "dead")
+    for each in guarded:  # before the pipe, whose end the owner waits for
+        os.close(each.fd)
+    os._exit(0)
+
+
+def _watch(guarded: Sequence[_Guarded], heartbeat_s: float, stop: int) -> str:
+    """Until the owner is "dead" or has "released" us, or we are "stopped"; reset while it hangs.
+
+    Hanging is two halves of `heartbeat_s` without a beat: should the whole machine be paused,
+    only one of them passes unnoticed.
+    """
+    poll, halves = _poll(0, stop), 0
+    while True:
+        ready = {fd for fd, _ in poll.poll(heartbeat_s * 500)}
+        if stop in ready:
+            return "stopped"
+        if ready:
+            message, halves = os.read(0, 65536), 0
+            if not message or _RELEASE in message:
+                return "released" if message else "dead"
+            continue
+        halves = (halves + 1) % 2
+        for each in guarded if halves == 0 else ():
+            each.revoke()
+            each.reset()
+
+
+def _reset_all(guarded: Sequence[_Guarded], *, owner_is_dead: bool) -> None:
+    """Reset, for `RETRY_S` if need be. The record of an owner that may live stays: it may lock
+    again before it notices that nobody guards it."""
+    for each in guarded:
+        each.revoke()
+    pending, delay_s, due_s = list(guarded), 0.1, time.monotonic() + RETRY_S
+    while True:
+        done = [each for each in pending if each.reset()]
+        for each in done if owner_is_dead else ():
+            lease_record.remove_record(each.paths)
+        pending = [each for each in pending if each not in done]
+        if not pending or time.monotonic() + delay_s > due_s:
+            return
+        time.sleep(delay_s)
+        delay_s *= 2
+
+
+def _guard_node(arguments: Sequence[str]) -> int:
+    """Run as the node's guard: reset what dead owners left, every interval until stopped."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m agft_ray.gpu.guard")
+    parser.add_argument("--node", action="store_true", required=True)
+    parser.add_argument("--lease-dir", default=default_directory())
+    parser.add_argument("--interval-s", type=float, default=0.5)
+    options = parser.parse_args(arguments)
+    if not 0.01 <= options.interval_s <= 3600:
+        parser.error(f"--interval-s must be from 0.01 to 3600 s, got {options.interval_s}")
+    for backend in restore.BACKENDS:
         with contextlib.suppress(GpuError):
-            reset_clocks(target)
+            restore.prepare(backend)
+    poll = _poll(_stop_signals())
+    failing: set[str] = set()
+    while not poll.poll(options.interval_s * 1000):
+        failing = _sweep(options.lease_dir, failing)
+    _sweep(options.lease_dir, failing)
+    return 0
+
+
+def _sweep(directory: str, failing: set[str]) -> set[str]:
+    """Log each reset, and each failure that is not among the `failing`; returns what fails now."""
+    try:
+        outcomes = sweep(directory)
+    except Exception as error:  # the service must survive what it cannot mend
+        outcomes = [(directory, error)]
+    failed = {uuid for uuid, outcome in outcomes if isinstance(outcome, Exception)}
+    for uuid, outcome in outcomes:
+        if uuid not in failing:
+            with contextlib.suppress(OSError):
+                words = f"not reset: {outcome}" if uuid in failed else outcome
+                print(f"{uuid}: {words}", file=sys.stderr, flush=True)
+    return failed
 
 
 def _stop_signals() -> int:
@@ -116,10 +281,20 @@ def _stop_signals() -> int:
 
 def _silence() -> None:
     null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
+    for fd in (1, 2):
+        os.dup2(null, fd)
     os.close(null)
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Run as the guard of an owner or of the node; see `Guard.start` and the usage."""
+    if arguments and arguments[0] == "--owner":
+        _guard(arguments[1:])
+    if not arguments:
+        print(_USAGE, file=sys.stderr)
+        return 2
+    return _guard_node(arguments)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

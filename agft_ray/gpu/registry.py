@@ -1,84 +1,80 @@
-"""From settings to GPUs: which one a replica gets, and how a tuner opens it."""
+"""From settings to GPUs: which ones a replica gets, and how a tuner opens them."""
 
 from __future__ import annotations
 
 import fcntl
 import functools
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from pydantic import field_validator
-
-from agft_ray.clock import Clock
-from agft_ray.config import Positive, StrictModel
+from agft_ray.clock import Clock, WallClock
 from agft_ray.errors import ConfigError, GpuLostError
-from agft_ray.gpu.base import Gpu
+from agft_ray.gpu.gpu_config import NvmlGpuConfig, SimulatedGpuConfig, ZeusdGpuConfig
+from agft_ray.gpu.lease import default_directory
+from agft_ray.gpu.leased import LeasableGpu, LeasedGpu
 from agft_ray.gpu.simulated import SimulatedGpu
+from agft_ray.gpu.zeusd import ZeusdClient, ZeusdWriter
 from agft_ray.simulation.device_file import DeviceFile
 from agft_ray.simulation.profiles import load_gpu_profile
-
-
-class SimulatedGpuConfig(StrictModel):
-    """A simulated GPU for each replica."""
-
-    kind: Literal["simulated"] = "simulated"
-    profile: str = "rtx_a6000"
-    """A bundled GPU profile's name, or the path of your own."""
-    state_dir: str | None = None
-    """Where the GPUs' state files lie (absolute); None: a folder in the temporary directory."""
-    counter_update_s: Positive = 0.1
-    """How often the energy counter is updated."""
-    history: bool = False
-    """Also write every change of clock and power to a CSV file beside the state file."""
-
-    @field_validator("profile")
-    @classmethod
-    def _known(cls, profile: str) -> str:
-        try:
-            load_gpu_profile(profile)
-        except ConfigError as error:
-            raise ValueError("; ".join(error.problems)) from None
-        return profile
-
-    @field_validator("state_dir")
-    @classmethod
-    def _absolute(cls, state_dir: str | None) -> str | None:
-        if state_dir is not None and not Path(state_dir).is_absolute():
-            raise ValueError(
-                f"{state_dir!r} is not an absolute path; replicas have working directories of "
-                "their own"
-            )
-        return state_dir
-
-    def directory(self, application: str) -> Path:
-        """The folder of one application's GPUs."""
-        if self.state_dir is not None:
-            return Path(self.state_dir)
-        return Path(tempfile.gettempdir()) / f"agft_ray-{os.getuid()}" / application
-
+from agft_ray.types import Actuator
 
 MAX_GPUS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSpec:
-    """Which GPU a tuner is to open; travels between processes."""
+    """Which GPUs of one node a tuner is to open, and how; travels between processes.
 
-    state_path: str
+    `devices` are NVML UUIDs; a simulated GPU's is the path of its state file.
+    """
+
+    config: SimulatedGpuConfig | NvmlGpuConfig | ZeusdGpuConfig
+    devices: tuple[str, ...]
 
     @property
-    def reset_paths(self) -> list[str]:
-        """What the guard is to reset."""
-        return [self.state_path]
+    def clock(self) -> Clock:
+        """The clock that the GPU's time is told by, and its engine's as well."""
+        if isinstance(self.config, SimulatedGpuConfig):
+            return SimulatedGpu(self.devices[0]).clock
+        return WallClock()
+
+    @property
+    def known_arms(self) -> tuple[int, ...] | None:
+        """What can be locked, where that is known without asking a real GPU."""
+        if isinstance(self.config, SimulatedGpuConfig):
+            return SimulatedGpu(self.devices[0]).arms
+        return None
 
 
-def open_gpu(spec: GpuSpec) -> tuple[Gpu, Clock]:
-    """The GPU, and the clock its time is told by; raises `GpuLostError` if it is not there."""
-    gpu = SimulatedGpu(Path(spec.state_path))
-    return gpu, gpu.clock
+def open_gpu(spec: GpuSpec, *, owner: str) -> LeasedGpu:
+    """The node's GPUs of one replica as one; nothing is set or leased yet.
+
+    `owner` is who to name as the holder of the leases. Raises `GpuLostError` if a GPU is not
+    there, and other `GpuError`s as NVML or the daemon answer.
+    """
+    if isinstance(spec.config, SimulatedGpuConfig):
+        path = Path(spec.devices[0])
+        return LeasedGpu([SimulatedGpu(path)], directory=path.parent / "leases", owner=owner)
+    directory = Path(spec.config.lease_dir) if spec.config.lease_dir else default_directory()
+    gpus = [_open_nvml(uuid, spec.config) for uuid in spec.devices]
+    return LeasedGpu(gpus, directory=directory, owner=owner)
+
+
+def _open_nvml(uuid: str, config: NvmlGpuConfig) -> LeasableGpu:
+    from agft_ray.gpu.nvml import NvmlGpu, list_devices
+
+    writer = None
+    if isinstance(config, ZeusdGpuConfig):
+        client = ZeusdClient(config.socket_path, config.token_path or "")
+        writer = ZeusdWriter.for_device(client, uuid, list_devices())
+    return NvmlGpu(
+        uuid,
+        clock=WallClock(),
+        writer=writer,
+        actuator=Actuator(config.actuator),
+        restore_sm_clocks_mhz=config.restore_sm_clocks_mhz,
+    )
 
 
 def claim_simulated_gpu(
@@ -125,7 +121,7 @@ def claim_simulated_gpu(
         # Left by an application with other arguments; the claim says that nobody uses it.
         path.unlink()
         create()
-    return GpuSpec(str(path))
+    return GpuSpec(config, (str(path),))
 
 
 def _claim_first_free(directory: Path) -> int:

@@ -48,6 +48,19 @@ class SimulatedGpu(_SmClocks):
     def arms(self) -> tuple[int, ...]:
         return self._shared.profile.supported_sm_clocks_mhz
 
+    def target(self) -> dict[str, object]:
+        """How a process that knows nothing else resets it; see `gpu.restore.restore`."""
+        return {
+            "uuid": self.uuid,
+            "backend": "simulated",
+            "actuator": "sm_clock",
+            "path": self._shared.path,
+            "index": None,
+            "token_path": "",
+            "restore_power_limit_w": None,
+            "restore_sm_clocks_mhz": None,
+        }
+
     def read(self) -> GpuSample:
         with self._shared.transaction() as (device, now_s):
             return device.read(now_s)

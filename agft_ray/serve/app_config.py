@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from agft_ray.config import Count, NonNegative, Positive, StrictModel
 from agft_ray.errors import ConfigError
-from agft_ray.gpu.registry import SimulatedGpuConfig
+from agft_ray.gpu.gpu_config import GpuConfig, SimulatedGpuConfig, known_profile
 from agft_ray.settings import TunerConfig, check_pushes
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import load_gpu_profile
@@ -23,7 +23,11 @@ class AppConfig(StrictModel):
     """An engine model of the GPU profile; also the name under which it is served."""
     num_replicas: Count = 3
     """Replicas, each with an engine, a GPU and a tuner; holdouts among them."""
-    gpu: SimulatedGpuConfig = Field(default_factory=SimulatedGpuConfig)
+    gpu: GpuConfig = Field(default_factory=SimulatedGpuConfig)
+    """What the tuners set and read. With `kind: nvml` or `zeusd` this is a rehearsal: the clocks
+    are those of real GPUs, the engines are simulated at the default clocks of `engine_profile`."""
+    engine_profile: str = "rtx_a6000"
+    """The GPU profile that simulated engines follow where `gpu` is a real one."""
     engine: EngineConfig = Field(default_factory=EngineConfig)
     speed: Positive = 1.0
     """Simulated seconds per wall second."""
@@ -34,14 +38,27 @@ class AppConfig(StrictModel):
     tuner: TunerConfig = Field(default_factory=TunerConfig)
     """First settings of the tuners; a `user_config` in the config file takes their place."""
 
+    @field_validator("gpu", mode="before")
+    @classmethod
+    def _simulated_unless_said(cls, gpu: object) -> object:
+        return {"kind": "simulated"} | gpu if isinstance(gpu, dict) else gpu
+
+    @field_validator("engine_profile")
+    @classmethod
+    def _known_profile(cls, profile: str) -> str:
+        return known_profile(profile)
+
     @model_validator(mode="after")
     def _consistent(self) -> AppConfig:
-        profile = load_gpu_profile(self.gpu.profile)
+        profile = load_gpu_profile(self.profile)
         try:
             self.engine.for_model(profile.model_profile(self.model))
         except ConfigError as error:
             raise ValueError("; ".join(error.problems)) from None
-        self.tuner.arms(profile.supported_sm_clocks_mhz)
+        if isinstance(self.gpu, SimulatedGpuConfig):
+            self.tuner.arms(profile.supported_sm_clocks_mhz)
+        elif self.speed != 1.0:
+            raise ValueError(f"speed ({self.speed:g}) must be 1 with a real GPU; leave it out")
         check_pushes(self.tuner, speed=self.speed)
         if self.tuner.holdout_replicas > self.num_replicas:
             raise ValueError(
@@ -49,3 +66,8 @@ class AppConfig(StrictModel):
                 f"num_replicas ({self.num_replicas})"
             )
         return self
+
+    @property
+    def profile(self) -> str:
+        """The GPU profile that the simulated engines follow."""
+        return self.gpu.profile if isinstance(self.gpu, SimulatedGpuConfig) else self.engine_profile

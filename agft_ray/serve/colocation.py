@@ -12,23 +12,23 @@ from typing import Any
 from ray import serve
 from ray.exceptions import RayError
 
-from agft_ray.actors.frequency_tuner import (
-    EngineIdentity,
-    EnginePush,
-    TunerReply,
-    TunerSpec,
-    start_tuner,
-)
+from agft_ray.actors.frequency_tuner import start_tuner
+from agft_ray.actors.messages import EngineIdentity, EnginePush, TunerReply, TunerSpec
+from agft_ray.actors.placement import NodeGpus, own_gpu_amounts, own_node_id, probe_gpus
+from agft_ray.clock import Clock, WallClock
 from agft_ray.config import parse
-from agft_ray.errors import ConfigError
-from agft_ray.gpu.registry import GpuSpec, open_gpu
+from agft_ray.errors import ConfigError, GpuError, GpuLostError, GpuTransientError
+from agft_ray.gpu.gpu_config import NvmlGpuConfig
+from agft_ray.gpu.registry import GpuSpec
 from agft_ray.settings import PUSH_INTERVAL_S, TunerConfig, check_pushes
 from agft_ray.types import EngineSample
 
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 2.0
+NO_GPU = "the replica has no GPU; give it one with num_gpus, or name some in gpu.uuids"
 RETRY_S = 1.0
+MAX_RETRY_S = 30.0
 
 
 class TunerLink:
@@ -41,22 +41,49 @@ class TunerLink:
 
     def __init__(
         self,
-        spec: TunerSpec,
+        gpu: GpuSpec | NvmlGpuConfig,
+        start: Callable[..., Any],
+        config: TunerConfig,
         stats: Callable[[float], EngineSample],
         figures: Callable[[], dict[str, Any]],
     ) -> None:
-        gpu, self.clock = open_gpu(spec.gpu)
-        self.replica = spec.replica
+        self.replica = serve.get_replica_context().replica_id.unique_id
         self.role = "tuned"
         """'tuned' or 'holdout', as last heard from the tuner."""
-        self._supported_sm_clocks_mhz = gpu.arms
+        self.clock: Clock = gpu.clock if isinstance(gpu, GpuSpec) else WallClock()
+        self._gpu, self._start = gpu, start
+        self._arms = gpu.known_arms if isinstance(gpu, GpuSpec) else None
         self._stats, self._figures = stats, figures
-        self._config, self._config_version = spec.config, 0
-        self._confirmed_version = 0
-        self._check(spec.config)
+        self._config, self._config_version = config, 0
+        self._confirmed_version = -1
+        self._config_error = self._gpu_lost = ""
+        self._check(config)
         self._wake = asyncio.Event()
-        self._tuner = start_tuner(spec)
-        self._task = asyncio.get_running_loop().create_task(self._push_forever())
+        self._probed = asyncio.Event()
+        self._tuner: Any = None
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def config_error(self) -> str:
+        """Why the tuner refused the newest settings, or ""."""
+        return self._config_error
+
+    async def probed(self) -> None:
+        """Wait until it is known which GPUs the replica has, or that this cannot be found out.
+
+        To be awaited before an engine takes the GPUs of the replica's placement group: Ray tells
+        which they are only while they are free.
+        """
+        await self._probed.wait()
+
+    def check_health(self) -> None:
+        """Raise `GpuLostError` if the tuner has found the GPU lost, and the engine with it.
+
+        To be called from the deployment's `check_health`. Nothing else that happens to a tuner is
+        a reason to replace a replica: its clocks are default then, and it serves.
+        """
+        if self._gpu_lost:
+            raise GpuLostError(self._gpu_lost)
 
     def wake(self) -> None:
         """Push at once: the engine has just got work."""
@@ -75,17 +102,63 @@ class TunerLink:
     async def close(self) -> None:
         """Have the clocks reset, waiting for it a little."""
         self._task.cancel()
+        if self._tuner is None:
+            return
         try:
             await asyncio.wait_for(self._tuner.release.remote(), CLOSE_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
             log.warning("the tuner of replica %s did not confirm: %s", self.replica, error)
 
     def _check(self, config: TunerConfig) -> None:
+        """What can be told without asking a GPU; the rest the tuner finds (`config_error`)."""
         try:
             check_pushes(config, speed=self.clock.speed)
-            config.arms(self._supported_sm_clocks_mhz)
+            if self._arms is not None:
+                config.arms(self._arms)
+            if config.mode == "control" and not isinstance(self._gpu, GpuSpec):
+                _refuse_shared_gpus()
         except ValueError as error:
             raise ConfigError("user_config", [str(error)]) from None
+
+    async def _run(self) -> None:
+        try:
+            await self._find_gpus()
+        finally:
+            self._probed.set()
+        await self._push_forever()
+
+    async def _find_gpus(self) -> None:
+        """Start the tuner on the GPUs named, or on those that Ray has given the replica."""
+        gpu, retry_s, problem = self._gpu, RETRY_S, NO_GPU
+        if isinstance(gpu, GpuSpec):
+            self._tuner = self._start(gpu, ())
+            return
+        while True:
+            try:
+                nodes = await self._nodes(gpu)
+                break
+            except GpuTransientError as error:
+                log.warning("replica %s: its GPUs are not known yet: %s", self.replica, error)
+                # An engine that waits for the probe is not kept from starting.
+                self._probed.set()
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, MAX_RETRY_S)
+            except GpuError as error:
+                nodes, problem = (), str(error)
+                break
+        if not nodes:
+            log.error("replica %s is not tuned: %s", self.replica, problem)
+            self._tuner = self._start(GpuSpec(gpu, ()), (), problem)
+            return
+        specs = [(node.node_id, GpuSpec(gpu, node.uuids)) for node in nodes]
+        here = [spec for node_id, spec in specs if node_id == own_node_id()]
+        own = here[0] if here else GpuSpec(gpu, ())
+        self._tuner = self._start(own, tuple(s for s in specs if s[1] is not own))
+
+    async def _nodes(self, gpu: NvmlGpuConfig) -> tuple[NodeGpus, ...]:
+        if gpu.uuids is not None:
+            return (NodeGpus(own_node_id(), gpu.uuids, 1.0),)
+        return await asyncio.to_thread(probe_gpus)
 
     async def _push_forever(self) -> None:
         due_s = time.monotonic()
@@ -108,12 +181,13 @@ class TunerLink:
         )
         reply: TunerReply = await self._tuner.observe.remote(push)
         self.role, self._confirmed_version = reply.role, reply.config_version
+        self._config_error, self._gpu_lost = reply.config_error, reply.gpu_lost
 
 
 def attach_tuner(
     stats: Callable[[float], EngineSample],
     *,
-    gpu: GpuSpec,
+    gpu: GpuSpec | NvmlGpuConfig,
     engine_model: str,
     config: TunerConfig | dict[str, Any] | None = None,
     tensor_parallel: int = 1,
@@ -126,30 +200,50 @@ def attach_tuner(
     Args:
         stats: reads the engine's statistics, given the time to stamp them with; called ten times
             a second on the replica's event loop, so it must be quick (see `EngineStats.sample`).
-        gpu: the GPU to tune.
+        gpu: the GPUs to tune: a `NvmlGpuConfig` or `ZeusdGpuConfig` for the NVIDIA GPUs that Ray
+            has given the replica (or those it names), or what `claim_simulated_gpu` returned.
         engine_model: what the engine serves; experience is shared between equal names only.
         config: the tuner's settings; a dict is validated.
         tensor_parallel, role, quantisation: further marks of the engine in the prior key.
         figures: further facts to show in the fleet's status.
 
     Returns at once; the tuner starts in the background. Keep the link for as long as the replica
-    lives, call `link.reconfigure(user_config)` from the deployment's `reconfigure` and
-    `await link.close()` from its `__del__`.
+    lives, call `link.reconfigure(user_config)` from the deployment's `reconfigure`,
+    `link.check_health()` from its `check_health` and `await link.close()` from its `__del__`; where
+    the replica's GPUs are in a placement group, `await link.probed()` before the engine starts.
 
-    Raises `ConfigError` for invalid settings.
+    Raises `ConfigError` for invalid settings, and for `mode: control` on a share of a GPU.
     """
     context = serve.get_replica_context()
     if not isinstance(config, TunerConfig):
         config = parse(TunerConfig, config or {}, source="config")
-    spec = TunerSpec(
-        application=context.app_name,
-        deployment=context.deployment,
-        replica=context.replica_id.unique_id,
-        gpu=gpu,
-        engine=EngineIdentity(engine_model, tensor_parallel, role, quantisation),
-        config=config,
-    )
-    return TunerLink(spec, stats, figures)
+    settings = config
+
+    def start(own: GpuSpec, elsewhere: tuple[tuple[str, GpuSpec], ...], problem: str = "") -> Any:
+        return start_tuner(
+            TunerSpec(
+                application=context.app_name,
+                deployment=context.deployment,
+                replica=context.replica_id.unique_id,
+                gpu=own,
+                engine=EngineIdentity(engine_model, tensor_parallel, role, quantisation),
+                config=settings,
+                elsewhere=elsewhere,
+                problem=problem,
+            )
+        )
+
+    return TunerLink(gpu, start, settings, stats, figures)
+
+
+def _refuse_shared_gpus() -> None:
+    """By what Ray has given the replica; who else is on a GPU all the same, the lease tells."""
+    for amount in own_gpu_amounts():
+        if amount != int(amount):
+            raise ValueError(
+                f"mode: control needs whole GPUs, and this replica has {amount:g} of one: replicas "
+                "that share a GPU share its clocks; use num_gpus: 1, or mode: observe"
+            )
 
 
 def _rank() -> int | None:

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,8 +23,10 @@ from ray.exceptions import RayError
 from starlette.exceptions import HTTPException
 
 from agft_ray.actors.experience_aggregator import get_aggregator
+from agft_ray.clock import WallClock
 from agft_ray.errors import ConfigError
-from agft_ray.gpu.registry import claim_simulated_gpu
+from agft_ray.gpu.gpu_config import NvmlGpuConfig, SimulatedGpuConfig
+from agft_ray.gpu.registry import GpuSpec, claim_simulated_gpu
 from agft_ray.serve.app_config import AppConfig
 from agft_ray.serve.colocation import attach_tuner
 from agft_ray.serve.openai_api import (
@@ -36,7 +39,8 @@ from agft_ray.serve.openai_api import (
     usage,
     word,
 )
-from agft_ray.simulation.engine import BatchingEngine, TokenEvent
+from agft_ray.simulation.device import Device
+from agft_ray.simulation.engine import BatchingEngine, StepDevice, TokenEvent
 from agft_ray.simulation.physics import prefill_attention_s
 from agft_ray.simulation.profiles import load_gpu_profile
 from agft_ray.simulation.shared_device import SharedDevice
@@ -107,26 +111,34 @@ class SimulatedLLM:
         self._config = config
         context = serve.get_replica_context()
         self._deployment = f"{context.app_name}#{context.deployment}"
-        self._gpu = claim_simulated_gpu(
-            config.gpu,
-            application=context.app_name,
-            model=config.model,
-            speed=config.speed,
-            seed=config.seed,
-        )
-        model = load_gpu_profile(config.gpu.profile).model_profile(config.model)
-        device = SharedDevice(self._gpu.state_path)
+        profile = load_gpu_profile(config.profile)
+        model = profile.model_profile(config.model)
         engine = BatchingEngine(
             config.engine.for_model(model), functools.partial(prefill_attention_s, model)
         )
+        gpu: GpuSpec | NvmlGpuConfig
+        if isinstance(config.gpu, SimulatedGpuConfig):
+            gpu = claim_simulated_gpu(
+                config.gpu,
+                application=context.app_name,
+                model=config.model,
+                speed=config.speed,
+                seed=config.seed,
+            )
+            device: StepDevice = SharedDevice(gpu.devices[0])
+            clock = gpu.clock
+        else:
+            gpu, device = config.gpu, Device(profile, model, seed=config.seed)
+            clock = WallClock(origin_s=time.monotonic())
         self._link = attach_tuner(
-            lambda t_s: self._engine.sample(),
-            gpu=self._gpu,
+            lambda t_s: replace(self._engine.sample(), t_s=t_s),
+            gpu=gpu,
             engine_model=config.model,
             config=config.tuner,
             figures=self._figures,
         )
-        self._engine = WallEngine(engine, device, self._link.clock, on_wake=self._link.wake)
+        self._clock = clock
+        self._engine = WallEngine(engine, device, clock, on_wake=self._link.wake)
         self._running = asyncio.get_running_loop().create_task(self._engine.run())
         self._lengths = random.Random(f"{config.seed}:{context.replica_id.unique_id}")
         self._aggregator = get_aggregator()
@@ -150,14 +162,15 @@ class SimulatedLLM:
             self._configured, self._config_error = True, ""
 
     def check_health(self) -> None:
-        """The engine is this replica's health; the tuner is not."""
+        """The engine and its GPU are this replica's health; the tuner is not."""
         if self._running.done():
             raise RuntimeError(f"the engine has ended: {self._running}")
+        self._link.check_health()
 
     def _figures(self) -> dict[str, Any]:
         return {
             "replica_pid": os.getpid(),
-            "config_error": self._config_error,
+            "config_error": self._config_error or self._link.config_error,
             **self._engine.lateness(),
         }
 
@@ -206,7 +219,7 @@ class SimulatedLLM:
             )
         except (RayError, TimeoutError) as error:
             raise ApiError(503, f"the experience aggregator does not answer: {error}") from None
-        clock = self._link.clock
+        clock = self._clock
         return JSONResponse({"speed": clock.speed, "now_s": clock.now_s(), "replicas": statuses})
 
     # -- answering -----------------------------------------------------------------------------
@@ -254,9 +267,7 @@ class SimulatedLLM:
             )
         natural = limit if body.ignore_eos else self._natural_length(body.seed)
         output_tokens = min(natural, limit)
-        request = EngineRequest(
-            uuid.uuid4().hex, self._link.clock.now_s(), prompt_tokens, output_tokens
-        )
+        request = EngineRequest(uuid.uuid4().hex, self._clock.now_s(), prompt_tokens, output_tokens)
         return request, "length" if natural >= limit else "stop"
 
     def _natural_length(self, seed: int | None) -> int:

@@ -26,6 +26,7 @@ class SharedDevice:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = DeviceFile(path)
+        self.path = self._file.path
         with self._file.transaction() as state:
             self.uuid: str = state["uuid"]
             self.clock = WallClock(speed=state["speed"], origin_s=state["origin_s"])

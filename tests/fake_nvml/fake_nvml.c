@@ -221,12 +221,13 @@ static Code begin(Call *call, Device device, unsigned group) {
     return code;
 }
 
-/* A setter's line in the log, in the order of the setters' effects: written before the unlock. */
+/* A setter's line in the log, in the order of the setters' effects: written before the unlock. It
+   begins with a line break as well, because a kill may tear the line before it. */
 static Code end_setter(Call *call, Code code, const char *function, const char *arguments) {
     char path[PATH_MAX], line[256];
     snprintf(path, sizeof path, "%s.log", getenv("AGFT_FAKE_NVML") ? getenv("AGFT_FAKE_NVML") : "");
     if (call->fd >= 0) store(call);
-    int length = snprintf(line, sizeof line, "%lld %d %s %s %s %d\n", (long long)now_ns(CLOCK_MONOTONIC),
+    int length = snprintf(line, sizeof line, "\n%lld %d %s %s %s %d\n", (long long)now_ns(CLOCK_MONOTONIC),
                           getpid(), function, call->gpu.uuid, arguments, code);
     int log = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
     if (log >= 0 && write(log, line, length) < length) abort();

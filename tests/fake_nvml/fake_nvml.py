@@ -411,9 +411,13 @@ class FakeNvml:
             return int(_read_header(fd).init.calls)
 
     def log(self) -> list[LogEntry]:
-        """All calls of setters, failed ones included, in the order of their effects."""
+        """All calls of setters, failed ones included, in the order of their effects.
+
+        But for a line that was torn by a kill of its writer.
+        """
         log = Path(f"{self.path}.log")
-        return [_parse(line) for line in log.read_text().splitlines()] if log.exists() else []
+        lines = log.read_text().split("\n") if log.exists() else []
+        return [_parse(line) for line in lines if line.count(" ") == _LOG_COLUMNS - 1]
 
     def _create(self) -> None:
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.{time.monotonic_ns()}")
@@ -461,6 +465,9 @@ def _new_gpu(uuid: str, index: int) -> _Gpu:
 
 def _script(group: _Group, code: int, after: int, times: int | None) -> None:
     group.code, group.after, group.times = code, after, times or 0
+
+
+_LOG_COLUMNS = 6
 
 
 def _parse(line: str) -> LogEntry:

@@ -20,7 +20,7 @@ LAYERS = [
     {"policy"},
     {"priors"},
     {"settings"},
-    {"tuner"},
+    {"clock_control", "tuner"},
     {"evaluation"},
     {"actors"},
     {"serve"},

@@ -4,9 +4,13 @@ import pytest
 
 from agft_ray.clock import ManualClock
 from agft_ray.errors import (
+    GpuArgumentError,
     GpuLostError,
+    GpuNotSupportedError,
     GpuPermissionError,
     GpuTransientError,
+    LeaseHeldError,
+    LeaseLostError,
 )
 from agft_ray.settings import TunerConfig
 from agft_ray.telemetry.engine_inbox import EngineInbox
@@ -26,14 +30,22 @@ class ScriptedGpu:
         self.locked = 1500  # left behind by somebody
         self.calls = []
         self.read_error = self.lock_error = self.reset_error = None
+        self.claim_error = None
+        self.claims = self.releases = 0
         self.reasons = EventReason.NONE
+        self.runs_at = lambda locked: locked or 2100
         self.energy_stuck = False
 
     def claim(self):
-        pass
+        if self.claim_error:
+            error = self.claim_error
+            if isinstance(error, LeaseLostError):
+                self.claim_error = None  # as renewed
+            raise error
+        self.claims += 1
 
     def release(self):
-        pass
+        self.releases += 1
 
     def read(self):
         if self.read_error:
@@ -45,7 +57,7 @@ class ScriptedGpu:
             power_w=power_w,
             energy_j=0.0 if self.energy_stuck else power_w * t_s,
             energy_t_s=0.0 if self.energy_stuck else t_s,
-            sm_clock_mhz=self.locked or 2100,
+            sm_clock_mhz=self.runs_at(self.locked),
             locked=self.locked,
             event_reasons=self.reasons,
         )
@@ -300,12 +312,135 @@ def test_faults_without_end_end_the_tuner():
     assert len(bench.gpu.calls) <= 2 * MAX_FAULTS + 3
 
 
-def test_a_permanent_gpu_error_ends_it_after_one_try():
+def test_a_refused_lock_means_observing_from_then_on_without_further_calls():
     bench = Bench(1230)
+    bench.run(6.0)
+    bench.policy.arms = [900]
     bench.gpu.lock_error = GpuPermissionError("may not")
     bench.run(100.0)
-    assert next(bench.loop, "ended") == "ended"
+    assert bench.gpu.calls == [None, 1230, None], "one lock refused, one reset"
     assert bench.gpu.locked is None
+    assert (bench.tuner.state, bench.tuner.control.reason) == ("refused", "may not")
+    assert bench.records[-1].window is not None, "it does not observe any more"
+    bench.gpu.lock_error = None
+    bench.tuner.reconfigure(TunerConfig())
+    bench.run(6.0)
+    assert bench.gpu.locked == 900, "new settings do not try again"
+
+
+def test_a_gpu_that_must_not_be_locked_is_observed():
+    bench = Bench(1230)
+    bench.gpu.claim_error = GpuNotSupportedError("MIG is on")
+    bench.run(10.0)
+    assert bench.gpu.calls == []
+    assert (bench.tuner.state, bench.tuner.control.reason) == ("refused", "MIG is on")
+    assert bench.decisions[-1].arm == 1230
+
+
+def test_while_another_process_has_the_gpu_it_is_observed_and_then_taken_over():
+    bench = Bench(1230)
+    bench.gpu.claim_error = LeaseHeldError("pid 7 has it")
+    bench.run(10.0)
+    assert bench.gpu.calls == []
+    assert (bench.tuner.state, bench.tuner.control.reason) == ("held", "pid 7 has it")
+    bench.gpu.claim_error = None
+    bench.gpu.locked = None
+    bench.run(6.0)
+    assert bench.gpu.calls == [None, 1230]
+    assert bench.tuner.state == "tuning"
+
+
+def test_a_lost_lease_is_renewed_and_the_clock_set_anew():
+    bench = Bench(1230)
+    bench.run(6.0)
+    bench.gpu.locked = None  # the guard's reset
+    bench.gpu.claim_error = LeaseLostError("hung for 9 s")
+    bench.run(8.0)
+    assert bench.gpu.calls == [None, 1230, None, 1230]
+    assert bench.tuner.state == "tuning"
+
+
+def test_a_clock_the_gpu_does_not_offer_is_dropped():
+    bench = Bench(1230, 1500)
+    bench.run(5.0)
+    bench.gpu.lock_error = GpuArgumentError("no such clock")
+    bench.policy.arms = [1500]
+    bench.run(2.5)
+    bench.gpu.lock_error = None
+    assert 1500 not in bench.tuner.arms
+    assert 1230 in bench.tuner.arms
+    assert bench.tuner.state == "tuning"
+
+
+def test_a_clock_that_the_gpu_clamps_is_set_again_once_and_then_dropped():
+    bench = Bench(1230)
+    bench.gpu.runs_at = lambda locked: 1005 if locked == 1230 else locked or 2100
+    bench.run(20.0)
+    assert 1230 not in bench.tuner.arms
+    assert bench.gpu.calls[:3] == [None, 1230, 1230]
+    assert all(o.arm in (None, 1005) for o in bench.policy.outcomes), "not what was observed"
+
+
+def test_somebody_elses_lock_is_yielded_to_and_not_undone():
+    bench = Bench(1230)
+    bench.run(6.0)
+    bench.gpu.runs_at = lambda locked: 1980
+    bench.run(20.0)
+    assert bench.tuner.state == "yielded"
+    assert "1980" in bench.tuner.control.reason
+    assert bench.gpu.calls == [None, 1230, 1230], "no tug-of-war, and no reset of their lock"
+    assert bench.gpu.releases
+
+
+def test_a_power_cap_or_an_idle_reading_is_no_mismatch():
+    for reason in (EventReason.SW_POWER_CAP, EventReason.GPU_IDLE):
+        bench = Bench(1230)
+        bench.gpu.reasons = reason
+        bench.gpu.runs_at = lambda locked: 1005 if locked else 2100
+        bench.run(20.0)
+        assert bench.tuner.state == "tuning"
+        assert 1230 in bench.tuner.arms
+
+
+def test_a_fault_while_observing_touches_nothing():
+    bench = Bench(1230, mode="observe")
+    bench.policy.error = RuntimeError("a bug")
+    bench.run(30.0)
+    assert bench.gpu.calls == []
+
+
+def test_leaving_control_gives_the_right_back():
+    bench = Bench(1230)
+    bench.run(6.0)
+    assert (bench.gpu.claims > 0, bench.gpu.releases) == (True, 0)
+    bench.tuner.reconfigure(TunerConfig(mode="observe"))
+    bench.run(3.0)
+    assert bench.gpu.releases
+    assert bench.gpu.locked is None
+
+
+def test_a_gpu_without_arms_can_be_observed():
+    bench = Bench(mode="observe")
+    bench.gpu.arms, bench.gpu.locked = (), None
+    bench.tuner.reconfigure(TunerConfig(mode="observe", idle_windows=1))
+    bench.run(8.0)
+    assert bench.tuner.state == "observing"
+    bench.load = False
+    bench.run(8.0)
+    assert bench.tuner.state == "observing"
+    assert bench.records[-1].window is not None
+
+
+def test_power_limits_are_arms_and_credited_as_set():
+    bench = Bench(300)
+    bench.gpu.arms, bench.gpu.actuator = (100, 200, 300), Actuator.POWER_LIMIT
+    bench.tuner.reconfigure(TunerConfig(min_power_limit_w=200))
+    bench.run(10.0)
+    assert bench.tuner.arms == (200, 300)
+    outcome = bench.policy.outcomes[-1]
+    assert (outcome.requested, outcome.arm) == (300, 300)
+    with pytest.raises(ValueError, match=r"power limit.*min_power_limit_w=900.*100\.\.300 W"):
+        bench.tuner.reconfigure(TunerConfig(min_power_limit_w=900))
 
 
 def test_a_transient_gpu_error_is_tried_again():

@@ -1,0 +1,72 @@
+"""What a replica and its tuner tell each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from agft_ray.gpu.registry import GpuSpec
+from agft_ray.settings import TunerConfig
+from agft_ray.types import EngineSample
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """What distinguishes engines whose experience must not be mixed."""
+
+    model: str
+    tensor_parallel: int = 1
+    role: str = "mixed"
+    quantisation: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class TunerSpec:
+    """All a tuner actor needs; it is handed over again when Ray restarts the actor."""
+
+    application: str
+    deployment: str
+    replica: str
+    gpu: GpuSpec
+    """The GPUs on the replica's own node."""
+    engine: EngineIdentity
+    config: TunerConfig
+    elsewhere: tuple[tuple[str, GpuSpec], ...] = ()
+    """Node ids and GPUs of an engine that spans nodes: read and set from here as well."""
+
+    problem: str = ""
+    """Why there are no GPUs to open, where that is so; the tuner has nothing to do but say so."""
+
+    @property
+    def owner(self) -> str:
+        """Who the node's leases are held by, for people."""
+        return f"{self.application}#{self.deployment} replica {self.replica}"
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePush:
+    """What a replica tells its tuner ten times a second.
+
+    `figures` are further facts for the status page; `config` comes along until the tuner has
+    answered with its version.
+    """
+
+    sample: EngineSample
+    rank: int | None
+    figures: dict[str, Any]
+    config: TunerConfig | None
+    config_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class TunerReply:
+    """What a replica learns in return.
+
+    `role` is 'tuned' or 'holdout', `config_version` that of the settings in force, `config_error`
+    why the newest were refused, `gpu_lost` how the GPU was lost, or "".
+    """
+
+    role: str
+    config_version: int
+    config_error: str = ""
+    gpu_lost: str = ""

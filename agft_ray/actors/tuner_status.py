@@ -1,0 +1,57 @@
+"""A tuner's figures for people: what the status page and the aggregator show of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agft_ray.gpu.base import Gpu
+from agft_ray.tuner import Tuner, WindowRecord
+from agft_ray.types import Actuator, EngineSample, GpuSample
+
+_LOCKED = {
+    Actuator.SM_CLOCK: "locked_sm_clock_mhz",
+    Actuator.POWER_LIMIT: "power_limit_w",
+}
+
+
+def tuner_figures(tuner: Tuner, last: WindowRecord | None) -> dict[str, Any]:
+    """What the loop does; `reason` says why clocks are not set, if they are not."""
+    return {
+        "state": tuner.state,
+        "reason": tuner.control.reason,
+        "mode": tuner.mode.value,
+        "policy": tuner.policy.name,
+        "gpu_uuid": tuner.gpu.uuid,
+        "gpu_model": tuner.gpu.model,
+        "actuator": tuner.gpu.actuator.value,
+        "clock_changes": tuner.clock_changes,
+        "last_reward": last.reward if last else None,
+        "last_decision": last.decision.reason if last else None,
+        "last_note": last.note if last else "",
+    }
+
+
+def gpu_figures(sample: GpuSample, gpu: Gpu) -> dict[str, Any]:
+    """One reading: energy and power belong to `t_s`."""
+    return {
+        "t_s": sample.t_s,
+        "energy_j": sample.energy_j,
+        "energy_t_s": sample.energy_t_s,
+        "energy_source": sample.energy_source,
+        "power_w": sample.power_w,
+        "power_source": sample.power_source,
+        "sm_clock_mhz": sample.sm_clock_mhz,
+        _LOCKED[gpu.actuator]: sample.locked,
+    }
+
+
+def engine_figures(sample: EngineSample) -> dict[str, Any]:
+    """The engine's newest gauges and counters."""
+    return {
+        "running": sample.running,
+        "waiting": sample.waiting,
+        "prompt_tokens": sample.prompt_tokens,
+        "generation_tokens": sample.generation_tokens,
+        "requests": sample.e2e_count,
+        "engine_t_s": sample.t_s,
+    }

@@ -1,0 +1,195 @@
+"""The loop's hand on the clocks: claims the right to set them, sets them, lets go."""
+
+from __future__ import annotations
+
+import logging
+
+from agft_ray.clock import Clock
+from agft_ray.errors import (
+    GpuArgumentError,
+    GpuError,
+    GpuNotSupportedError,
+    GpuPermissionError,
+    LeaseHeldError,
+    LeaseLostError,
+)
+from agft_ray.gpu.base import Gpu
+from agft_ray.types import THROTTLED, Actuator, Arm, EventReason, GpuSample
+
+log = logging.getLogger(__name__)
+
+CLOCK_TOLERANCE = 0.02
+"""How far the SM clock of a busy GPU may lie from the lock, as a share of it."""
+MISMATCHES_TO_DROP = 2
+"""Windows in a row that ended off their lock after which an arm counts as not kept by the GPU."""
+MISMATCHES_TO_YIELD = 4
+"""The same on whatever arms, after which somebody else is taken to set clocks."""
+
+
+class ClockControl:
+    """What one tuner has locked, and whether it may.
+
+    Every method belongs to the loop's thread.
+    """
+
+    def __init__(self, gpu: Gpu, clock: Clock) -> None:
+        self._gpu, self._clock = gpu, clock
+        self.locked: Arm = None
+        self.settled_s = 0.0
+        """When the last change is over; no window may begin before."""
+        self.changes = 0
+        self.reset_due = True
+        """Clocks are to be reset first, or a reset has failed and is to be tried again."""
+        self.state = ""
+        """Why clocks are not ours to set: "held" by another process at the moment; "refused" by
+        the GPU or "yielded" to somebody else who sets them, until new settings come; or "".
+        """
+        self.reason = ""
+        self.dropped: set[int] = set()
+        """Arms that the GPU does not keep or offer, whatever it says."""
+        self._mismatches = 0
+        self._touched = False  # clocks are locked by us, or may be: a call may fail after it acted
+
+    @property
+    def is_withdrawn(self) -> bool:
+        return self.state in ("refused", "yielded")
+
+    def restart(self) -> None:
+        """Forget refusals: new settings may have changed what they were about."""
+        self.state, self.reason, self._mismatches = "", "", 0
+        self.dropped.clear()
+
+    def take(self, settle_s: float) -> bool:
+        """Have the right to set clocks, with clocks reset unless we have locked them."""
+        if self.is_withdrawn:
+            return False
+        try:
+            self._claim()
+        except LeaseHeldError as error:
+            self._stand_by(str(error))
+            return False
+        except (GpuPermissionError, GpuNotSupportedError) as error:
+            self._withdraw("refused", str(error))
+            return False
+        self.state, self.reason = "", ""
+        if self.reset_due:
+            self.set(None, settle_s)
+        return not self.is_withdrawn
+
+    def _claim(self) -> None:
+        try:
+            self._gpu.claim()
+        except LeaseLostError as error:
+            self._forget(error)
+            self._gpu.claim()
+
+    def _forget(self, error: Exception) -> None:
+        """Clocks were taken back, and have been reset by whoever did it."""
+        log.warning("%s", error)
+        self.locked, self._touched, self.reset_due = None, False, True
+
+    def set(self, arm: Arm, settle_s: float) -> None:
+        """Lock or reset, only when it changes something; then let the clock settle.
+
+        Raises `GpuTransientError` or `GpuLostError`; what is permanent is dealt with here.
+        """
+        if arm == self.locked and not self.reset_due:
+            return
+        try:
+            if arm is None:
+                self._gpu.reset()
+            else:
+                self._touched = True
+                self._gpu.lock(arm)
+        except GpuArgumentError as error:
+            if arm is None:
+                raise
+            log.warning("arm %d is dropped: %s", arm, error)
+            self.dropped.add(arm)
+            return
+        except LeaseLostError as error:
+            self._forget(error)
+            return
+        except (GpuPermissionError, GpuNotSupportedError) as error:
+            self._withdraw("refused", str(error))
+            return
+        self.changes += arm != self.locked
+        self.locked, self.reset_due, self._touched = arm, False, arm is not None
+        self.settled_s = self._clock.now_s() + settle_s
+
+    def check(self, reading: GpuSample) -> None:
+        """Compare the clock at the end of a busy window with the lock: NVML reports success for
+        clocks it clamps, and for locks that somebody else replaces a moment later.
+
+        One mismatch has the lock set again (a reloaded driver forgets it). A second one below the
+        lock drops the arm. Clocks above the lock, or one arm after another off, mean that somebody
+        else sets them: then we yield, without a reset that would undo what they did.
+        """
+        if self.locked is None or not self._is_evidence(reading):
+            return
+        off_mhz = reading.sm_clock_mhz - self.locked
+        if abs(off_mhz) <= CLOCK_TOLERANCE * self.locked:
+            self._mismatches = 0
+            return
+        self._mismatches += 1
+        found = f"locked at {self.locked} MHz, running at {reading.sm_clock_mhz} MHz"
+        log.warning("%s (%d in a row)", found, self._mismatches)
+        above = off_mhz > 0 and self._mismatches >= MISMATCHES_TO_DROP
+        if above or self._mismatches >= MISMATCHES_TO_YIELD:
+            self._yield(found)
+        elif self._mismatches % MISMATCHES_TO_DROP == 0:
+            self.dropped.add(self.locked)
+        else:
+            self.reset_due = True
+
+    def _is_evidence(self, reading: GpuSample) -> bool:
+        limits = THROTTLED | EventReason.SW_POWER_CAP | EventReason.GPU_IDLE
+        return (
+            self._gpu.actuator is Actuator.SM_CLOCK
+            and reading.locked == self.locked
+            and not reading.event_reasons & limits
+        )
+
+    def let_go(self) -> bool:
+        """Reset the clocks if they are or may be ours, and give the right back; False if the reset
+        fails."""
+        if self._touched and not self.reset():
+            return False
+        self._gpu.release()
+        self.reset_due = True
+        return True
+
+    def reset_own(self) -> None:
+        """Reset the clocks if they are or may be ours."""
+        if self._touched:
+            self.reset()
+
+    def reset(self) -> bool:
+        """Reset the clocks whatever state things are in; False, and still due, if that fails."""
+        self.reset_due = True
+        try:
+            self._gpu.reset()
+        except GpuError:
+            log.exception("clocks of %s could not be reset", self._gpu.uuid)
+            return False
+        self.locked, self.reset_due, self._touched = None, False, False
+        return True
+
+    def _stand_by(self, reason: str) -> None:
+        if self.state != "held":
+            log.warning("observing only: %s", reason)
+        self.state, self.reason = "held", reason
+        self.locked, self._touched, self.reset_due = None, False, True
+
+    def _withdraw(self, state: str, reason: str) -> None:
+        log.error("clocks are not set any more: %s", reason)
+        self.state, self.reason = state, reason
+        self.reset_own()
+        self._gpu.release()
+        self.locked, self.reset_due = None, True
+
+    def _yield(self, found: str) -> None:
+        self.locked, self._touched = None, False
+        self._withdraw(
+            "yielded", f"{found}: somebody else sets clocks; end that, then send new settings"
+        )

@@ -1,0 +1,223 @@
+"""An engine whose GPUs are on two nodes: one decision, all of them locked or none.
+
+This file is also the script that runs the cluster, in a process of its own. The GPUs are fakes
+(tests/fake_nvml), one state file a node; the engine is a counter that grows.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.exceptions import RayError
+
+from agft_ray.gpu.gpu_config import NvmlGpuConfig
+from agft_ray.serve import attach_tuner
+from agft_ray.types import EngineSample
+
+pytestmark = pytest.mark.ray
+
+FAKE_NVML = Path(__file__).parents[1] / "fake_nvml"
+UUIDS = {name: f"GPU-{name}0000000-1111-2222-3333-444444444444" for name in "ab"}
+CONFIG = {
+    "mode": "control",
+    "policy": {"name": "fixed", "sm_clock_mhz": 1200},
+    "window_s": 0.5,
+    "settle_s": 0.1,
+}
+
+
+def busy(t_s):
+    """A made-up engine that generates 100 tokens a second."""
+    tokens = int(100 * t_s)
+    return EngineSample(
+        t_s=t_s,
+        running=4,
+        generation_tokens=tokens,
+        iterations=tokens // 4,
+        iteration_tokens=tokens,
+        itl_sum_s=tokens * 0.04,
+        itl_count=tokens,
+    )
+
+
+@serve.deployment(
+    placement_group_bundles=[{"CPU": 0.1, "a": 0.1, "GPU": 1}, {"b": 0.1, "GPU": 1}],
+    placement_group_strategy="STRICT_SPREAD",
+    ray_actor_options={"num_cpus": 0.1, "resources": {"a": 0.1}},
+    health_check_period_s=1,
+)
+class TwoNodes:
+    def __init__(self, lease_dir):
+        gpu = NvmlGpuConfig(lease_dir=lease_dir)
+        self.link = attach_tuner(
+            busy, gpu=gpu, engine_model="made up", tensor_parallel=2, config=CONFIG
+        )
+
+    async def status(self):
+        await self.link.probed()
+        try:
+            return await self.link._tuner.status.remote()
+        except RayError:  # the tuner is restarting
+            return {"state": "away"}
+
+    def check_health(self):
+        self.link.check_health()
+
+    async def __del__(self):
+        await self.link.close()
+
+
+# -- the script ------------------------------------------------------------------------------------
+
+
+def until(condition, timeout_s, what):
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"after {timeout_s} s still not: {what}")
+
+
+class Script:
+    def __init__(self, directory):
+        sys.path.insert(0, str(FAKE_NVML))
+        from fake_nvml import FakeNvml, build
+
+        library = build(directory)
+        self.fakes = {
+            name: FakeNvml(directory / f"{name}.nvml", gpus=1, uuids=[uuid])
+            for name, uuid in UUIDS.items()
+        }
+        self.gpus = {name: fake.gpu(0) for name, fake in self.fakes.items()}
+        for gpu in self.gpus.values():
+            gpu.busy = 1
+        self.leases = directory / "leases"
+        self.cluster = Cluster()
+        self.cluster.add_node(num_cpus=4, include_dashboard=False)
+        for name, fake in self.fakes.items():
+            self.cluster.add_node(
+                num_cpus=1, num_gpus=1, resources={name: 1}, env_vars=fake.env(library)
+            )
+
+    def locked(self):
+        return {name: gpu.locked_mhz for name, gpu in self.gpus.items()}
+
+    def are(self, locked):
+        return lambda: set(self.locked().values()) == {locked}
+
+    def run(self):
+        serve.start(proxy_location="Disabled")
+        app = TwoNodes.bind(str(self.leases))
+        handle = serve.run(app, name="two")
+        until(self.are((1200, 1200)), 60, "both locked")
+        status = handle.status.remote().result()
+        found = {"status": status, "leases": sorted(p.name for p in self.leases.glob("*.json"))}
+
+        # One of the two refuses: the other is rolled back.
+        self.gpus["b"].fail("set", 4)
+        self.gpus["b"].locked_mhz = None
+        os.kill(status["tuner_pid"], signal.SIGKILL)
+        until(self.are(None), 10, "both reset after the tuner's death")
+        found["refused"] = until(lambda: self.refused(handle), 30, "the refusal")
+        found["locked_when_one_refuses"] = self.locked()
+
+        # Then it does not: new settings have it tried again.
+        self.gpus["b"].fail("set", 0)
+        again = TwoNodes.options(user_config=None).bind(str(self.leases))
+        serve.delete("two")
+        until(self.are(None), 10, "none locked after serve.delete")
+        until(lambda: not list(self.leases.glob("*.json")), 5, "no lease after serve.delete")
+        handle = serve.run(again, name="two")
+        until(self.are((1200, 1200)), 60, "both locked again")
+
+        died_s = time.monotonic()
+        os.kill(handle.status.remote().result()["tuner_pid"], signal.SIGKILL)
+        until(self.are(None), 10, "both reset")
+        found["reset_s"] = time.monotonic() - died_s
+        until(self.are((1200, 1200)), 30, "both locked by the restarted tuner")
+        serve.shutdown()
+        until(self.are(None), 10, "none locked after serve.shutdown")
+        return found
+
+    def refused(self, handle):
+        status = handle.status.remote().result()
+        return status if status["state"] == "refused" else None
+
+
+def main(directory):
+    script = Script(directory)
+    try:
+        ray.init(address=script.cluster.address, log_to_driver=False)
+        (directory / "results.json").write_text(json.dumps(script.run()))
+    finally:
+        ray.shutdown()
+        script.cluster.shutdown()
+
+
+# -- the tests -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(directory):
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler (cc) to build the fake NVML with")
+    ray_dir = tempfile.mkdtemp(prefix="agft-")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    inherited.pop("CUDA_VISIBLE_DEVICES", None)
+    environment = inherited | {
+        "RAY_TMPDIR": ray_dir,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    try:
+        script = [sys.executable, __file__, str(directory)]
+        run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr[-3000:]
+    finally:
+        kill_processes_of(ray_dir)
+        shutil.rmtree(ray_dir, ignore_errors=True)
+    return json.loads((directory / "results.json").read_text())
+
+
+def kill_processes_of(ray_dir):
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"RAY_TMPDIR={ray_dir}\0".encode() in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def test_one_tuner_reads_and_sets_the_gpus_of_both_nodes(results):
+    status = results["status"]
+    assert status["gpu_uuid"] == ",".join(UUIDS.values())
+    assert status["locked_sm_clock_mhz"] == 1200
+    assert status["state"] == "tuning"
+    assert results["leases"] == sorted(f"{uuid}.json" for uuid in UUIDS.values())
+
+
+def test_where_one_refuses_none_is_locked_and_the_reason_names_it(results):
+    assert results["locked_when_one_refuses"] == {"a": None, "b": None}
+    assert UUIDS["b"] in results["refused"]["reason"]
+    assert "\n" not in results["refused"]["reason"]
+    assert results["refused"]["windows"] > 0, "it does not observe"
+
+
+def test_both_nodes_are_reset_when_the_tuner_dies(results):
+    print(f"both nodes reset {results['reset_s']:.2f} s after the tuner's death")
+    assert results["reset_s"] < 2.0
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

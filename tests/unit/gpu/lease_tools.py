@@ -1,0 +1,138 @@
+"""What the tests of leases, restore and guard share: simulated GPUs, and owners in processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from agft_ray.errors import LeaseHeldError
+from agft_ray.gpu.lease import Lease
+from agft_ray.simulation.device_file import DeviceFile
+
+ROOT = Path(__file__).parents[3]
+
+OWNER = """
+import sys, time
+sys.path[:0] = {paths!r}
+from lease_tools import acquire, lock_clocks
+from agft_ray.gpu.guard import Guard
+directory, heartbeat_s, *states = sys.argv[1:]
+leases = [acquire(directory, state) for state in states]
+guard = Guard.start(leases, heartbeat_s=float(heartbeat_s))
+for state in states:
+    lock_clocks(state)
+print(guard.pid, flush=True)
+while True:
+    guard.beat()
+    time.sleep(0.02)
+"""
+
+
+def make_gpu(path, uuid="GPU-0"):
+    DeviceFile.create(path, uuid=uuid, profile="rtx_a6000", model="llama-3.1-8b")
+    return path
+
+
+def simulated_target(path, uuid="GPU-0"):
+    return {
+        "uuid": uuid,
+        "backend": "simulated",
+        "actuator": "sm_clock",
+        "path": str(path),
+        "index": None,
+        "token_path": "",
+        "restore_power_limit_w": None,
+        "restore_sm_clocks_mhz": None,
+    }
+
+
+def uuid_of(path):
+    return json.loads(Path(path).read_text())["uuid"]
+
+
+def acquire(directory, path, **options):
+    target = simulated_target(path, uuid_of(path))
+    return Lease.acquire(
+        directory, target["uuid"], lambda: target, owner="app#llm replica 1", **options
+    )
+
+
+def acquire_within_5_s(directory, path):
+    deadline_s = time.monotonic() + 5
+    while True:
+        try:
+            return acquire(directory, path)
+        except LeaseHeldError:
+            if time.monotonic() > deadline_s:
+                raise
+
+
+def lock_clocks(path, mhz=900):
+    with DeviceFile(path).transaction() as state:
+        state["locked_sm_clock_mhz"] = mhz
+
+
+def locked_mhz(path):
+    return json.loads(Path(path).read_text())["locked_sm_clock_mhz"]
+
+
+def replace_content(path, content):
+    """In one step: a GPU whose file is half written would pass for one that is gone."""
+    temporary = path.with_suffix(".new")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def clock_calls(path):
+    return json.loads(Path(path).read_text())["clock_calls"]
+
+
+def stat_fields(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def runs(pid):
+    try:
+        return stat_fields(pid)[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def within(seconds, condition):
+    deadline_s = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+class Owner:
+    """A process that holds leases, has locked the clocks, and beats."""
+
+    def __init__(self, directory, *states, heartbeat_s=5.0, env=None):
+        script = OWNER.format(paths=[str(ROOT), str(Path(__file__).parent)])
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", script, directory, str(heartbeat_s), *states],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        self.pid = self._process.pid
+        self.guard_pid = int(self._process.stdout.readline())
+
+    def kill(self, signum=signal.SIGKILL):
+        self._process.send_signal(signum)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+        if not within(2.0, lambda: not runs(self.guard_pid)):
+            os.kill(self.guard_pid, signal.SIGKILL)

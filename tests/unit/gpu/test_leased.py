@@ -1,0 +1,204 @@
+"""Clocks are set under a lease and a guard, or not at all."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from agft_ray.errors import GpuPermissionError, GpuTransientError, LeaseHeldError, LeaseLostError
+from agft_ray.gpu.guard import Guard
+from agft_ray.gpu.lease import force, leases
+from agft_ray.gpu.leased import LeasedGpu
+from agft_ray.gpu.simulated import SimulatedGpu
+from agft_ray.simulation.device_file import DeviceFile
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return tmp_path / "leases"
+
+
+@pytest.fixture
+def paths(tmp_path):
+    files = [tmp_path / f"gpu-{k}.json" for k in range(2)]
+    for k, path in enumerate(files):
+        DeviceFile.create(path, uuid=f"GPU-{k}", profile="rtx_a6000", model="llama-3.1-8b")
+    return files
+
+
+@pytest.fixture
+def make(paths, directory):
+    made = []
+
+    def make(indices=(0, 1), owner="a test"):
+        gpus = [SimulatedGpu(paths[k]) for k in indices]
+        made.append(LeasedGpu(gpus, directory=directory, owner=owner))
+        return made[-1]
+
+    yield make
+    for gpu in made:
+        gpu.reset()
+        gpu.release()
+
+
+def locked_mhz(paths):
+    return [json.loads(path.read_text())["locked_sm_clock_mhz"] for path in paths]
+
+
+def test_nothing_is_set_without_a_lease(make, paths):
+    gpu = make()
+    with pytest.raises(LeaseLostError, match="without a lease"):
+        gpu.lock(900)
+    assert locked_mhz(paths) == [None, None]
+    assert gpu.guard_pid is None
+
+
+def test_claim_lock_reset_release(make, paths, directory):
+    gpu = make()
+    gpu.claim()
+    assert [lease.uuid for lease in leases(directory)] == ["GPU-0", "GPU-1"]
+    pid = gpu.guard_pid
+    gpu.claim()
+    assert gpu.guard_pid == pid, "a second claim starts nothing"
+    gpu.lock(900)
+    assert locked_mhz(paths) == [900, 900]
+    gpu.reset()
+    gpu.release()
+    assert leases(directory) == []
+    assert locked_mhz(paths) == [None, None]
+    assert gpu.guard_pid is None
+
+
+def test_the_leases_of_a_group_are_all_or_none(make, directory):
+    first, both = make((1,), owner="the first"), make()
+    first.claim()
+    with pytest.raises(LeaseHeldError, match="the first"):
+        both.claim()
+    assert [lease.uuid for lease in leases(directory)] == ["GPU-1"]
+    first.release()
+    both.claim()
+    assert len(leases(directory)) == 2
+
+
+def test_a_killed_guard_is_replaced_by_the_next_claim(make):
+    gpu = make()
+    gpu.claim()
+    pid = gpu.guard_pid
+    os.kill(pid, signal.SIGKILL)
+    deadline_s = time.monotonic() + 2.0
+    while gpu.guard_pid == pid and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+        gpu.claim()
+    assert gpu.guard_pid != pid
+    gpu.lock(900)
+
+
+def test_a_forced_reset_takes_the_lease_and_bars_the_owner_for_a_while(make, paths, directory):
+    gpu = make((0,))
+    gpu.claim()
+    gpu.lock(900)
+    force(str(directory), "GPU-0", bar_s=0.3)
+    assert locked_mhz(paths)[0] is None
+    with pytest.raises(LeaseLostError):
+        gpu.lock(1200)
+    with pytest.raises(LeaseHeldError):
+        gpu.claim()
+    time.sleep(0.35)
+    gpu.claim()
+    gpu.lock(1200)
+    assert locked_mhz(paths)[0] == 1200
+
+
+def test_a_lock_under_a_lease_that_was_lost_meanwhile_is_undone(make, paths, directory):
+    gpu = make((0,))
+    gpu.claim()
+    inner = gpu._gpu
+    original = inner.lock
+
+    def slow_lock(arm):
+        force(str(directory), "GPU-0", bar_s=0.0)  # while this process was stopped, as it were
+        original(arm)
+
+    inner.lock = slow_lock
+    with pytest.raises(LeaseLostError):
+        gpu.lock(900)
+    assert locked_mhz(paths)[0] is None
+
+
+def test_a_revoked_lease_is_renewed_once_and_said_so(make, paths, directory):
+    gpu = make((0,))
+    gpu.claim()
+    gpu.lock(900)
+    force(str(directory), "GPU-0", bar_s=0.0)
+    with pytest.raises(LeaseLostError, match="was taken back"):
+        gpu.claim()
+    gpu.claim()
+    gpu.lock(1200)
+    assert locked_mhz(paths)[0] == 1200
+
+
+def test_no_beat_while_a_reset_is_due_and_has_failed(make, monkeypatch):
+    gpu = make((0,))
+    gpu.claim()
+    gpu.lock(900)
+    beats = []
+    monkeypatch.setattr(Guard, "beat", lambda self: beats.append(1))
+    gpu.beat()
+    assert len(beats) == 1
+
+    def fail():
+        raise GpuTransientError("busy")
+
+    monkeypatch.setattr(gpu._gpu, "reset", fail)
+    with pytest.raises(GpuTransientError):
+        gpu.reset()
+    gpu.beat()
+    assert len(beats) == 1
+    monkeypatch.undo()
+    gpu.reset()
+
+
+def test_what_could_not_be_reset_is_left_for_whoever_can(make, paths, directory, monkeypatch):
+    gpu = make((0,))
+    gpu.claim()
+    gpu.lock(900)
+
+    def fail():
+        raise GpuTransientError("busy")
+
+    monkeypatch.setattr(gpu._gpu, "reset", fail)
+    with pytest.raises(GpuTransientError):
+        gpu.reset()
+    gpu.release()
+    (left,) = leases(directory)
+    assert not left.held
+    monkeypatch.undo()
+    gpu.sweep()
+    assert locked_mhz(paths)[0] is None
+    assert leases(directory) == []
+
+
+def test_a_refused_reset_of_what_was_never_locked_leaves_nothing(make, directory, monkeypatch):
+    gpu = make((0,))
+    gpu.claim()
+
+    def refuse():
+        raise GpuPermissionError("may not")
+
+    monkeypatch.setattr(gpu._gpu, "reset", refuse)
+    with pytest.raises(GpuPermissionError):
+        gpu.reset()
+    gpu.release()
+    assert leases(directory) == []
+    monkeypatch.undo()
+
+
+def test_a_yielded_gpu_is_given_back_without_a_reset(make, paths, directory):
+    gpu = make((0,))
+    gpu.claim()
+    gpu.lock(900)
+    gpu.release()
+    assert leases(directory) == []
+    assert locked_mhz(paths)[0] == 900
