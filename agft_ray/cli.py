@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from agft_ray import __version__
 from agft_ray.errors import AgftError
+from agft_ray.gpu import commands as gpu_commands
 from agft_ray.types import Request
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     overhead.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
     overhead.add_argument("--block-s", type=float, default=5.0, metavar="S")
     overhead.set_defaults(command=_bench_overhead)
+
+    gpu_commands.add_commands(commands)
     return parser
 
 
@@ -159,7 +162,8 @@ def _validate(arguments: argparse.Namespace) -> int:
         tuner = config.tuner
         print(
             f"{arguments.file}: valid. {config.num_replicas} replicas of {config.model} on "
-            f"{config.gpu.profile}, {tuner.holdout_replicas} held out, speed {config.speed:g}, "
+            f"{config.gpu.kind} GPUs ({config.profile}), {tuner.holdout_replicas} held out, "
+            f"speed {config.speed:g}, "
             f"mode {tuner.mode}, policy {tuner.policy.name}, objective {tuner.objective}"
         )
     return 0

@@ -30,7 +30,8 @@ def test_every_shipped_config_is_valid(request):
 
 def test_validate_says_what_will_run(capsys, request):
     assert main(["validate", str(request.config.rootpath / CONFIG)]) == 0
-    assert "3 replicas of llama-3.1-8b on rtx_a6000, 1 held out" in capsys.readouterr().out
+    words = "3 replicas of llama-3.1-8b on simulated GPUs (rtx_a6000), 1 held out"
+    assert words in capsys.readouterr().out
 
 
 def test_user_config_takes_the_place_of_tuner(edited):
@@ -70,7 +71,7 @@ def test_validate_names_all_problems_by_their_place(edited, capsys):
         ({"num_replicas": 0}, "num_replicas"),
         ({"tuner": {"holdout_replicas": 9}}, "must not exceed num_replicas (3)"),
         ({"tuner": {"min_sm_clock_mhz": 5000}}, "this GPU supports 210..2100 MHz"),
-        ({"gpu": {"kind": "nvml"}}, "gpu.kind"),
+        ({"gpu": {"kind": "amd"}}, "'simulated', 'nvml', 'zeusd'"),
         ({"gpu": {"state_dir": "here"}}, "not an absolute path"),
         ({"seed": float("inf")}, "seed"),
     ],
