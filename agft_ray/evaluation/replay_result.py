@@ -74,14 +74,15 @@ class ServerStatus(_Answer):
     speed: float = Field(gt=0)
     now_s: float
     replicas: tuple[ReplicaStatus, ...]
-    """Those whose engine has reported: counters that are not known yet are not zero."""
+    """Those whose engine and GPU have been read: counters that are not known are not zero."""
 
     @field_validator("replicas", mode="before")
     @classmethod
     def _drop_silent(cls, replicas: Any) -> Any:
         if not isinstance(replicas, list):
             return replicas
-        return [r for r in replicas if not isinstance(r, dict) or "generation_tokens" in r]
+        known = {"generation_tokens", "energy_j"}
+        return [r for r in replicas if not isinstance(r, dict) or known <= r.keys()]
 
     @property
     def is_at_rest(self) -> bool:

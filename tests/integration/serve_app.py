@@ -20,15 +20,21 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def simulated_config(directory, *, args=None, user_config=None):
-    """The shipped config on a free port, with its GPUs in `directory`."""
-    content = yaml.safe_load((ROOT / "configs" / "simulated.yaml").read_text())
+def shipped_config(name, *, args=None, gpu=None, user_config=None):
+    """A config of `configs/` on a free port, with changes."""
+    content = yaml.safe_load((ROOT / "configs" / name).read_text())
     content["http_options"]["port"] = free_port()
     (application,) = content["applications"]
     application["args"] |= args or {}
-    application["args"]["gpu"] |= {"state_dir": str(directory / "gpus"), "history": True}
+    application["args"]["gpu"] |= gpu or {}
     application["deployments"][0]["user_config"] |= user_config or {}
     return content
+
+
+def simulated_config(directory, *, args=None, user_config=None):
+    """The shipped simulated application, with its GPUs in `directory`."""
+    gpu = {"state_dir": str(directory / "gpus"), "history": True}
+    return shipped_config("simulated.yaml", args=args, gpu=gpu, user_config=user_config)
 
 
 @contextlib.contextmanager
