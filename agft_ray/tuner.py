@@ -41,6 +41,8 @@ INTERRUPTED, WOKEN = "interrupted", "woken"
 """Why a window was cut short on purpose."""
 MAX_FAULTS = 5
 """Faults in a row after which the tuner stops for good; serving goes on at default clocks."""
+MIN_PAUSE_S = 2.0
+"""Half of the pause after a first fault, if windows are shorter; it doubles with each in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,4 +307,5 @@ class Tuner:
         self.control.reset_own()
         permanent = isinstance(error, GpuError) and not isinstance(error, GpuTransientError)
         self._stopped = permanent or self._faults >= MAX_FAULTS
-        return self.clock.now_s() + float(self.config.window_s * 2**self._faults)
+        pause_s = max(self.config.window_s, MIN_PAUSE_S) * 2**self._faults
+        return self.clock.now_s() + float(pause_s)
