@@ -12,10 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from processes import Process, Watch, is_guard, stat, wait_until
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "fake_nvml"))
@@ -31,56 +31,12 @@ TOKEN = "AGFT_CHAOS_TOKEN"
 
 
 @dataclass(frozen=True)
-class Process:
-    pid: int
-    create_time: int
-    """Tells it from a later process of the same PID."""
-
-    @property
-    def runs(self):
-        """False also for a zombie: it holds nothing any more."""
-        state, create_time = _stat(self.pid)
-        return create_time == self.create_time and state not in "ZX"
-
-
-class Watch(threading.Thread):
-    """Notes when a process ends, on the monotonic clock, whatever the test does meanwhile."""
-
-    def __init__(self, pid):
-        super().__init__(daemon=True)
-        self.ended_s = None
-        self._pidfd = os.pidfd_open(pid)
-        self.start()
-
-    def run(self):
-        select.select([self._pidfd], [], [])
-        self.ended_s = time.monotonic()
-        os.close(self._pidfd)
-
-
-def _stat(pid):
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "X", -1
-    return fields[0], int(fields[19])
-
-
-@dataclass(frozen=True)
 class Holder:
     """Who has the lease of a GPU, as its record says."""
 
     tuner: Process
     guard_pid: int
     fence: int
-
-
-def wait_until(condition, timeout_s, what, poll_s=0.02):
-    deadline_s = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline_s, f"after {timeout_s} s still not: {what}"
-        time.sleep(poll_s)
-    return value
 
 
 class Driver:
@@ -285,7 +241,7 @@ def _sweep(ray_dir, token):
     """Kill what is left of the cluster; its guards must end by themselves."""
 
     def left(*, guards):
-        return [pid for pid in _ours(ray_dir, token) if _is_guard(pid) == guards]
+        return [pid for pid in _ours(ray_dir, token) if is_guard(pid) == guards]
 
     for pid in left(guards=False):
         with contextlib.suppress(ProcessLookupError):
@@ -304,11 +260,5 @@ def _ours(ray_dir, token):
         with contextlib.suppress(OSError):
             of_ray = any(os.readlink(fd).startswith(ray_dir) for fd in (directory / "fd").iterdir())
             marked = f"{TOKEN}={token}\0".encode() in (directory / "environ").read_bytes()
-            if (of_ray or marked) and _stat(pid)[0] not in "ZX":
+            if (of_ray or marked) and stat(pid)[0] not in "ZX":
                 yield pid
-
-
-def _is_guard(pid):
-    with contextlib.suppress(OSError):
-        return b"agft_ray.gpu.guard" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from rig import RECOVERY_S, running, wait_until
+from processes import wait_until
+from rig import RECOVERY_S, running
 
 pytestmark = pytest.mark.ray
 
