@@ -27,6 +27,7 @@ from agft_ray.types import (
     Arm,
     Context,
     Decision,
+    GpuSample,
     Mode,
     Outcome,
     Prior,
@@ -88,6 +89,10 @@ class Tuner:
         self.holdout = False
         """Keep default clocks whatever the policy says, as the baseline of others."""
         self.state = "starting"
+        self.fault = ""
+        """The last fault, until a step has gone well."""
+        self.reading: GpuSample | None = None
+        """The newest reading of the GPU."""
         self.control = ClockControl(gpu, clock)
         self._on_record = on_record
         # Handed over between threads: a deque's append and pop are atomic.
@@ -164,7 +169,7 @@ class Tuner:
             while not self._stopped:
                 try:
                     yield from self._step()
-                    self._faults = 0
+                    self._faults, self.fault = 0, ""
                 except GpuLostError:
                     self.state = "gpu lost"
                     raise
@@ -202,14 +207,14 @@ class Tuner:
         start_s = max(self.clock.now_s(), self.control.settled_s)
         end_s = start_s + config.window_s
         yield start_s
-        readings = [self.gpu.read()]
+        readings = [self._read()]
         while (now_s := self.clock.now_s()) < end_s:
             if self._stopped or self._pending:
                 return None, INTERRUPTED
             if self.waits_for_work and not self._engine_is_idle():
                 return None, WOKEN
             yield min(now_s + config.window_s / READINGS_PER_WINDOW, end_s)
-            readings.append(self.gpu.read())
+            readings.append(self._read())
         arm = readings[-1].locked
         if any(reading.locked != arm for reading in readings):
             return None, "the lock changed within the window"
@@ -230,6 +235,10 @@ class Tuner:
         if self._controls and not window.is_idle:
             self.control.check(readings[-1])
         return window, ""
+
+    def _read(self) -> GpuSample:
+        self.reading = self.gpu.read()
+        return self.reading
 
     def _engine_is_idle(self) -> bool:
         """Whether the engine is known to be empty; missing statistics are not."""
@@ -299,6 +308,7 @@ class Tuner:
     def _after_fault(self, error: Exception) -> float:
         """Back to default clocks. Tries again a while later, but neither for ever nor in vain."""
         self._faults += 1
+        self.fault = str(error) or repr(error)
         log.error(
             "tuner fault %d of %d, clocks are reset", self._faults, MAX_FAULTS, exc_info=error
         )

@@ -31,7 +31,7 @@ from agft_ray.telemetry.engine_inbox import EngineInbox
 from agft_ray.telemetry.features import FEATURE_SCHEMA
 from agft_ray.telemetry.ray_metrics import ServeMetrics, to_sample
 from agft_ray.tuner import Tuner, WindowRecord
-from agft_ray.types import Experience, PriorKey
+from agft_ray.types import Experience, GpuSample, Mode, PriorKey
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,8 @@ class FrequencyTuner:
                     self._sleep_until(wake_s)
         except GpuLostError as error:
             self._gpu_lost = str(error)
-        except Exception:
+        except Exception as error:
+            self._unavailable = repr(error)
             log.exception("the tuner of replica %s has ended", self._spec.replica)
         finally:
             self._ended.set()
@@ -304,10 +305,16 @@ class FrequencyTuner:
             figures["serve_request_rate_per_s"] = serve.request_rate_per_s
             figures["serve_metrics_age_s"] = serve.age_s
         try:
-            # In a thread, for no clock call may keep the actor from answering.
-            return figures | gpu_figures(await asyncio.to_thread(tuner.gpu.read), tuner.gpu)
+            return figures | gpu_figures(await self._reading(tuner), tuner.gpu)
         except GpuError as error:
             return figures | {"reason": str(error)}
+
+    async def _reading(self, tuner: Tuner) -> GpuSample:
+        """The loop's newest, whose reads also show the guards that it lives; one of our own, in a
+        thread that may hang, only where the loop takes none."""
+        if tuner.reading is not None and tuner.mode is not Mode.OFF:
+            return tuner.reading
+        return await asyncio.to_thread(tuner.gpu.read)
 
 
 def start_tuner(spec: TunerSpec) -> Any:

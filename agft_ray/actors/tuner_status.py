@@ -15,10 +15,10 @@ _LOCKED = {
 
 
 def tuner_figures(tuner: Tuner, last: WindowRecord | None) -> dict[str, Any]:
-    """What the loop does; `reason` says why clocks are not set, if they are not."""
+    """What the loop does; `reason` says why clocks are not set, or what its last fault was."""
     return {
         "state": tuner.state,
-        "reason": tuner.control.reason,
+        "reason": tuner.control.reason or tuner.fault,
         "mode": tuner.mode.value,
         "policy": tuner.policy.name,
         "gpu_uuid": tuner.gpu.uuid,

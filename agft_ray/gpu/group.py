@@ -24,7 +24,8 @@ class GpuGroup:
         self._members = tuple(members)
         models = sorted({gpu.model for gpu in members})
         common = set.intersection(*(set(gpu.arms) for gpu in members))
-        if len(models) > 1 or len({gpu.actuator for gpu in members}) > 1 or not common:
+        share_nothing = not common and any(gpu.arms for gpu in members)
+        if len(models) > 1 or len({gpu.actuator for gpu in members}) > 1 or share_nothing:
             raise GpuNotSupportedError(
                 f"GPUs {self.uuid} are {', '.join(models)}: only GPUs of one model with arms in "
                 "common can be tuned together; give the replica equal ones"

@@ -449,9 +449,12 @@ def test_a_transient_gpu_error_is_tried_again():
     bench.gpu.read_error = GpuTransientError("busy")
     bench.run(2.0)
     assert bench.gpu.locked is None
+    assert (bench.tuner.state, bench.tuner.fault) == ("fault", "busy")
+    assert bench.tuner.reading.locked == 1230, "the last one that was had"
     bench.gpu.read_error = None
     bench.run(12.0)
     assert bench.gpu.locked == 1230
+    assert bench.tuner.fault == ""
 
 
 def test_a_reset_that_fails_is_tried_again():
