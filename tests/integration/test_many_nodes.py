@@ -4,19 +4,16 @@ This file is also the script that runs the cluster, in a process of its own. The
 (tests/fake_nvml), one state file a node; the engine is a counter that grows.
 """
 
-import contextlib
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import ray
+from cluster_script import fake_nvml, results_of
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
@@ -27,7 +24,6 @@ from agft_ray.types import EngineSample
 
 pytestmark = pytest.mark.ray
 
-FAKE_NVML = Path(__file__).parents[1] / "fake_nvml"
 UUIDS = {name: f"GPU-{name}0000000-1111-2222-3333-444444444444" for name in "ab"}
 CONFIG = {
     "mode": "control",
@@ -93,12 +89,9 @@ def until(condition, timeout_s, what):
 
 class Script:
     def __init__(self, directory):
-        sys.path.insert(0, str(FAKE_NVML))
-        from fake_nvml import FakeNvml, build
-
-        library = build(directory)
+        library = fake_nvml().build(directory)
         self.fakes = {
-            name: FakeNvml(directory / f"{name}.nvml", gpus=1, uuids=[uuid])
+            name: fake_nvml().FakeNvml(directory / f"{name}.nvml", gpus=1, uuids=[uuid])
             for name, uuid in UUIDS.items()
         }
         self.gpus = {name: fake.gpu(0) for name, fake in self.fakes.items()}
@@ -172,31 +165,7 @@ def main(directory):
 
 @pytest.fixture(scope="module")
 def results(directory):
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler (cc) to build the fake NVML with")
-    ray_dir = tempfile.mkdtemp(prefix="agft-")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    inherited.pop("CUDA_VISIBLE_DEVICES", None)
-    environment = inherited | {
-        "RAY_TMPDIR": ray_dir,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    try:
-        script = [sys.executable, __file__, str(directory)]
-        run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr[-3000:]
-    finally:
-        kill_processes_of(ray_dir)
-        shutil.rmtree(ray_dir, ignore_errors=True)
-    return json.loads((directory / "results.json").read_text())
-
-
-def kill_processes_of(ray_dir):
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"RAY_TMPDIR={ray_dir}\0".encode() in (process / "environ").read_bytes():
-                os.kill(int(process.name), signal.SIGKILL)
+    return results_of(__file__, directory, timeout_s=300)
 
 
 def test_one_tuner_reads_and_sets_the_gpus_of_both_nodes(results):

@@ -9,16 +9,13 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import ray
+from cluster_script import fake_nvml, results_of
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -31,7 +28,6 @@ A0 = "GPU-a0000000-1111-2222-3333-444444444444"
 A1 = "GPU-a1000000-1111-2222-3333-444444444444"
 B0 = "GPU-b0000000-1111-2222-3333-444444444444"
 B1 = "GPU-b1000000-1111-2222-3333-444444444444"
-FAKE_NVML = Path(__file__).parents[1] / "fake_nvml"
 
 
 # -- the script ------------------------------------------------------------------------------------
@@ -75,13 +71,11 @@ def visible():
 
 
 def start_cluster(directory):
-    sys.path.insert(0, str(FAKE_NVML))
-    from fake_nvml import FakeNvml, build
-
-    library = build(directory)
-    fake_a = FakeNvml(directory / "a.nvml", gpus=2, uuids=[A0, A1])
+    fake = fake_nvml()
+    library = fake.build(directory)
+    fake_a = fake.FakeNvml(directory / "a.nvml", gpus=2, uuids=[A0, A1])
     names = ["NVIDIA A100-SXM4-80GB", "NVIDIA T4"]
-    fake_b = FakeNvml(directory / "b.nvml", gpus=2, uuids=[B0, B1], names=names)
+    fake_b = fake.FakeNvml(directory / "b.nvml", gpus=2, uuids=[B0, B1], names=names)
     by_uuid = {"CUDA_VISIBLE_DEVICES": f"{A1},{A0[:8]}"}
     by_number = {"CUDA_VISIBLE_DEVICES": "1,0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     environments = {"a": fake_a.env(library) | by_uuid, "b": fake_b.env(library) | by_number}
@@ -186,31 +180,7 @@ def main(directory):
 
 @pytest.fixture(scope="module")
 def results(directory):
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler (cc) to build the fake NVML with")
-    ray_dir = tempfile.mkdtemp(prefix="agft-")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    inherited.pop("CUDA_VISIBLE_DEVICES", None)
-    environment = inherited | {
-        "RAY_TMPDIR": ray_dir,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    try:
-        script = [sys.executable, __file__, str(directory)]
-        run = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=150)
-        assert run.returncode == 0, run.stderr[-3000:]
-    finally:
-        kill_processes_of(ray_dir)
-        shutil.rmtree(ray_dir, ignore_errors=True)
-    return json.loads((directory / "results.json").read_text())
-
-
-def kill_processes_of(ray_dir):
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"RAY_TMPDIR={ray_dir}\0".encode() in (process / "environ").read_bytes():
-                os.kill(int(process.name), signal.SIGKILL)
+    return results_of(__file__, directory, timeout_s=150)
 
 
 def gpus_of(found):
