@@ -116,7 +116,7 @@ class Script:
         app = TwoNodes.bind(str(self.leases))
         handle = serve.run(app, name="two")
         until(self.are((1200, 1200)), 60, "both locked")
-        status = handle.status.remote().result()
+        status = until(lambda: self.status(handle, locked_sm_clock_mhz=1200), 10, "its status")
         found = {"status": status, "leases": sorted(p.name for p in self.leases.glob("*.json"))}
 
         # One of the two refuses: the other is rolled back.
@@ -124,7 +124,7 @@ class Script:
         self.gpus["b"].locked_mhz = None
         os.kill(status["tuner_pid"], signal.SIGKILL)
         until(self.are(None), 10, "both reset after the tuner's death")
-        found["refused"] = until(lambda: self.refused(handle), 30, "the refusal")
+        found["refused"] = until(lambda: self.status(handle, state="refused"), 30, "the refusal")
         found["locked_when_one_refuses"] = self.locked()
 
         # Then it does not: new settings have it tried again.
@@ -145,9 +145,9 @@ class Script:
         until(self.are(None), 10, "none locked after serve.shutdown")
         return found
 
-    def refused(self, handle):
+    def status(self, handle, **expected):
         status = handle.status.remote().result()
-        return status if status["state"] == "refused" else None
+        return status if expected.items() <= status.items() else None
 
 
 def main(directory):
