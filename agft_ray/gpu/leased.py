@@ -110,9 +110,13 @@ class LeasedGpu:
         self._leases.clear()
 
     def sweep(self) -> None:
-        """Reset the clocks of every GPU of this node whose owner died without it."""
-        for uuid, outcome in sweep(self._directory):
-            log.warning("left locked by a dead process: %s: %s", uuid, outcome)
+        """Reset the clocks of every GPU of this node whose owner died without it; what fails is
+        logged, as `claim` raises it where it concerns us."""
+        try:
+            for uuid, outcome in sweep(self._directory):
+                log.warning("left locked by a dead process: %s: %s", uuid, outcome)
+        except GpuError as error:
+            log.warning("%s", error)
 
     def beat(self) -> None:
         """Tell the guard that the loop is in charge; not while a reset is due and has failed, so

@@ -202,3 +202,15 @@ def test_a_yielded_gpu_is_given_back_without_a_reset(make, paths, directory):
     gpu.release()
     assert leases(directory) == []
     assert locked_mhz(paths)[0] == 900
+
+
+def test_a_directory_that_others_can_write_to_is_refused_by_claim_only(make, directory):
+    directory.mkdir(mode=0o777)
+    directory.chmod(0o777)
+    gpu = make((0,))
+    gpu.sweep()
+    assert gpu.read().power_w > 0
+    with pytest.raises(GpuPermissionError, match="0700"):
+        gpu.claim()
+    directory.chmod(0o700)
+    gpu.claim()
