@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from agft_ray.config import Count, NonNegative, Positive, StrictModel
 from agft_ray.policy.agft_config import AgftConfig
+from agft_ray.policy.fixed import FixedConfig
 from agft_ray.policy.registry import PolicyConfig
 from agft_ray.types import Actuator
 
@@ -103,10 +104,17 @@ class TunerConfig(StrictModel):
     def arms(
         self, supported: Sequence[int], actuator: Actuator = Actuator.SM_CLOCK
     ) -> tuple[int, ...]:
-        """What a policy may choose of what a GPU supports; raises `ValueError` if nothing.
+        """What a policy may choose of what a GPU supports; a GPU that supports nothing can be
+        observed.
 
-        A GPU that supports nothing can be observed.
+        Raises `ValueError` if nothing is left within the bounds, or for a fixed policy that sets
+        something else.
         """
+        if isinstance(self.policy, FixedConfig) and self.policy.actuator is not actuator:
+            raise ValueError(
+                f"policy fixed sets {_BOUNDS[self.policy.actuator][0]}, and the GPU's actuator is "
+                f"{actuator.value}: give it {_BOUNDS[actuator][0]}"
+            )
         if not supported:
             return ()
         name, unit, what = _BOUNDS[actuator]

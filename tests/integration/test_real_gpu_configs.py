@@ -110,6 +110,21 @@ def test_zeusd_sets_the_clocks_of_a_replica_that_may_not(directory, fake, gpu):
         assert {entry.pid for entry in fake.log()[written:]} == {zeusd_pid}
 
 
+def test_power_limits_are_set_and_the_one_found_is_put_back(directory, fake, gpu):
+    gpu.power_limit_w = 650.5
+    policy = {"name": "fixed", "power_limit_w": 400}
+    content = shipped_config(
+        "nvml.yaml",
+        gpu={"actuator": "power_limit"},
+        user_config=QUICK | {"mode": "control", "policy": policy},
+    )
+    with running_app(directory, content) as app:
+        wait_until(lambda: gpu.power_limit_w == 400, 40, "the limit")
+        wait_until(lambda: replica_in(app, "tuning").get("power_limit_w") == 400, 20, "its status")
+        assert gpu.locked_mhz is None
+    wait_until(lambda: gpu.power_limit_w == 650.5, 2, "the limit that was found")
+
+
 def test_a_lost_gpu_has_its_replica_replaced(directory, fake, gpu):
     content = shipped_config("nvml.yaml", user_config=QUICK | {"mode": "control"})
     with running_app(directory, content) as app:

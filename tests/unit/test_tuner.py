@@ -431,6 +431,20 @@ def test_a_gpu_without_arms_can_be_observed():
     assert bench.records[-1].window is not None
 
 
+def test_a_fixed_policy_sets_what_the_actuator_is_about():
+    limit = {"name": "fixed", "power_limit_w": 250}
+    bench = Bench()
+    with pytest.raises(ValueError, match=r"sets power_limit_w.*sm_clock: give it sm_clock_mhz"):
+        bench.tuner.reconfigure(TunerConfig(policy=limit))
+    bench.gpu.arms, bench.gpu.actuator = (100, 200, 300), Actuator.POWER_LIMIT
+    bench.tuner.reconfigure(TunerConfig(policy=limit))
+    bench.run(10.0)
+    assert bench.gpu.locked == 200
+    for both_or_none in ({}, {"sm_clock_mhz": 900, "power_limit_w": 250}):
+        with pytest.raises(ValueError, match="give one of them"):
+            TunerConfig(policy={"name": "fixed"} | both_or_none)
+
+
 def test_power_limits_are_arms_and_credited_as_set():
     bench = Bench(300)
     bench.gpu.arms, bench.gpu.actuator = (100, 200, 300), Actuator.POWER_LIMIT
