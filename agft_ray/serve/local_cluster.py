@@ -215,9 +215,14 @@ def _stop(process: subprocess.Popen[bytes], token: str) -> None:
             process.wait(STOP_TIMEOUT_S)
     process.kill()
     process.wait()
-    for pid in _processes_with(token):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    # Again until none is left: what was being started during a sweep would outlive it, and a worker
+    # whose raylet nobody reaps does not end by itself.
+    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    while (pids := list(_processes_with(token))) and time.monotonic() < deadline_s:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL_S)
 
 
 def _processes_with(token: str) -> Iterator[int]:

@@ -139,5 +139,6 @@ def test_a_lost_gpu_has_its_replica_replaced(directory, fake, gpu):
             return True
 
         wait_until(is_gone, 40, "the end of a replica without its GPU")
+        gpu.locked_mhz = None  # as the reset or reboot does that brings a lost GPU back
         gpu.fail("any", 0)
         wait_until(lambda: gpu.locked_mhz == (1200, 1200), 60, "its replacement tuning")
