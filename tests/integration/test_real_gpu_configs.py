@@ -53,9 +53,16 @@ def running_zeusd(directory):
 
 
 def replica_in(app, state):
-    return wait_until(
-        lambda: next((r for r in app.alive() if r.get("state") == state), None), 40, state
-    )
+    seen = []
+
+    def found():
+        seen[:] = app.alive()
+        return next((r for r in seen if r.get("state") == state), None)
+
+    try:
+        return wait_until(found, 90, state)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; last seen: {seen}") from error
 
 
 def with_user_config(content, **changes):
