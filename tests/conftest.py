@@ -1,11 +1,23 @@
 """What tests of every kind share."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
 DATA = Path(os.environ.get("AGFT_RAY_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+NO_VLLM = "vLLM is not installed: `make vllm` installs it, and says why if it cannot"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `vllm` are skipped where it is missing, but not under CI."""
+    if importlib.util.find_spec("vllm") is not None or os.environ.get("CI"):
+        return
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.skip(reason=NO_VLLM))
 
 
 @pytest.fixture(scope="session")
