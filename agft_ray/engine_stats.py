@@ -39,13 +39,20 @@ class EngineStats:
     preemptions: int = 0
     _decode: _StepCounter = field(default_factory=_StepCounter)
     _prefill: _StepCounter = field(default_factory=_StepCounter)
+    _unknown: _StepCounter = field(default_factory=_StepCounter)
 
     def on_step(self, *, prefill_tokens: int, decode_tokens: int, time_s: float) -> None:
         """One engine iteration; it is a step with prefill if it computed any prompt token."""
-        tokens = prefill_tokens + decode_tokens
+        counter = self._prefill if prefill_tokens else self._decode
+        self._count(counter, prefill_tokens + decode_tokens, time_s)
+
+    def on_unknown_step(self, *, tokens: int, time_s: float) -> None:
+        """One engine iteration of which it is not known whether it computed prompt tokens."""
+        self._count(self._unknown, tokens, time_s)
+
+    def _count(self, counter: _StepCounter, tokens: int, time_s: float) -> None:
         self.iterations += 1
         self.iteration_tokens += tokens
-        counter = self._prefill if prefill_tokens else self._decode
         counter.steps += 1
         counter.tokens += tokens
         counter.time_s += time_s
@@ -98,4 +105,5 @@ class EngineStats:
             preemptions=self.preemptions,
             decode_steps=self._decode.totals(),
             prefill_steps=self._prefill.totals(),
+            unknown_steps=self._unknown.totals(),
         )

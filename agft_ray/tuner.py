@@ -80,11 +80,14 @@ class Tuner:
         engine: EngineInbox,
         serve: ServeMetrics,
         clock: Clock,
+        role: str = "mixed",
         policy: Policy | None = None,
         on_record: Callable[[WindowRecord], None] = lambda record: None,
     ) -> None:
         self.config = config
         self.gpu, self.engine, self.serve, self.clock = gpu, engine, serve, clock
+        self.role = role
+        """What the engine does: 'mixed', 'prefill' or 'decode'."""
         self.policy = policy or build_policy(config.policy)
         self.holdout = False
         """Keep default clocks whatever the policy says, as the baseline of others."""
@@ -154,7 +157,7 @@ class Tuner:
         self._arms = config.arms(self.gpu.arms, self.gpu.actuator)
         self._stale_after_s = config.stale_limit_s(self.clock.speed)
         self.reward = Reward(
-            DELAY_EXPONENTS[config.objective], config.slo.ttft_s, config.slo.tpot_s
+            DELAY_EXPONENTS[config.objective], config.slo.ttft_s, config.slo.tpot_s, self.role
         )
         self.config = config
 

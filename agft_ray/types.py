@@ -84,7 +84,7 @@ class GpuSample:
 
 @dataclass(frozen=True, slots=True)
 class StepTotals:
-    """Counters over one class of engine steps (decode only, or with prefill)."""
+    """Counters over one class of engine steps (decode only, with prefill, or not known)."""
 
     steps: int = 0
     tokens: int = 0
@@ -120,6 +120,8 @@ class EngineSample:
     preemptions: int = 0
     decode_steps: StepTotals = field(default_factory=StepTotals)
     prefill_steps: StepTotals = field(default_factory=StepTotals)
+    unknown_steps: StepTotals = field(default_factory=StepTotals)
+    """Steps of an engine that does not tell whether they computed prompt tokens."""
 
     @property
     def is_idle(self) -> bool:
@@ -215,6 +217,7 @@ class Window:
     preemptions: int
     decode_steps: StepTotals
     prefill_steps: StepTotals
+    unknown_steps: StepTotals
     request_rate_per_s: float
     """From Ray Serve where fresh, else the engine's first tokens per second."""
     serve: ServeWindow | None = None

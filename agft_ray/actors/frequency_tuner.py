@@ -87,11 +87,13 @@ class FrequencyTuner:
 
     async def observe(self, push: EnginePush) -> TunerReply:
         """Take what the replica has to say; answers at once."""
-        self._inbox.push(push.sample)
+        if push.sample is not None:
+            self._inbox.push(push.sample)
         self._rank, self._figures = push.rank, push.figures
         if push.config is not None and push.config_version != self._config_version:
             self._reconfigure(push.config, push.config_version)
-        if self._tuner and self._tuner.waits_for_work and not push.sample.is_idle:
+        is_busy = push.sample is not None and not push.sample.is_idle
+        if self._tuner and self._tuner.waits_for_work and is_busy:
             self._wake.set()
         if not self._gossip:
             talks = (self._read_ray_metrics, self._report)
@@ -160,6 +162,7 @@ class FrequencyTuner:
                     engine=self._inbox,
                     serve=self._serve_metrics,
                     clock=self._clock,
+                    role=self._spec.engine.role,
                     on_record=self._on_record,
                 )
             except GpuLostError:

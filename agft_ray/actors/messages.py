@@ -47,11 +47,11 @@ class TunerSpec:
 class EnginePush:
     """What a replica tells its tuner ten times a second.
 
-    `figures` are further facts for the status page; `config` comes along until the tuner has
-    answered with its version.
+    `sample` is None while the engine's statistics cannot be had; `figures` are further facts for
+    the status page; `config` comes along until the tuner has answered with its version.
     """
 
-    sample: EngineSample
+    sample: EngineSample | None
     rank: int | None
     figures: dict[str, Any]
     config: TunerConfig | None

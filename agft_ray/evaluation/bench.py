@@ -107,5 +107,6 @@ def _windows(seed: int) -> Iterator[Window]:
             preemptions=0,
             decode_steps=StepTotals(78, tokens, 1.8),
             prefill_steps=StepTotals(2, 2000, 0.2),
+            unknown_steps=StepTotals(),
             request_rate_per_s=float(rng.uniform(0.1, 4)),
         )

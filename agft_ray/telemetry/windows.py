@@ -64,6 +64,7 @@ def close_window(
         kv_cache_usage=_mean([s.kv_cache_usage for s in engine]),
         decode_steps=last.decode_steps - first.decode_steps,
         prefill_steps=last.prefill_steps - first.prefill_steps,
+        unknown_steps=last.unknown_steps - first.unknown_steps,
         request_rate_per_s=(
             serve.request_rate_per_s if serve else delta["ttft_count"] / duration_s
         ),

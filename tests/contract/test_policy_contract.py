@@ -56,6 +56,7 @@ WINDOW = Window(
     preemptions=0,
     decode_steps=StepTotals(),
     prefill_steps=StepTotals(),
+    unknown_steps=StepTotals(),
     request_rate_per_s=1.0,
 )
 

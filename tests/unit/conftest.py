@@ -32,6 +32,7 @@ WINDOW = Window(
     preemptions=0,
     decode_steps=StepTotals(78, 300, 1.8),
     prefill_steps=StepTotals(2, 2000, 0.4),
+    unknown_steps=StepTotals(),
     request_rate_per_s=1.0,
 )
 
