@@ -1,7 +1,9 @@
 """Ray Serve: applications to run as they are, and a tuner for your own deployments.
 
-`build_app` is for `serve run` (`import_path: agft_ray.serve:build_app`); `attach_tuner` gives a
-replica of any deployment its tuner. Both need Ray and are imported when first used.
+For `serve run` (`import_path`): `build_app` is the simulated application; `build_openai_app`,
+`build_dp_openai_app` and `build_pd_openai_app` are those of `ray.serve.llm`, with a tuner beside
+each replica. `attach_tuner` gives a replica of any deployment its tuner. All need Ray, the second
+kind vLLM too; they are imported when first used.
 """
 
 from __future__ import annotations
@@ -12,10 +14,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agft_ray.serve.application import build_app
     from agft_ray.serve.colocation import TunerLink, attach_tuner
+    from agft_ray.serve.llm import build_dp_openai_app, build_openai_app, build_pd_openai_app
+    from agft_ray.serve.vllm_stats import VllmStats
 
-__all__ = ["TunerLink", "attach_tuner", "build_app"]
+_HOMES = {
+    "TunerLink": "colocation",
+    "VllmStats": "vllm_stats",
+    "attach_tuner": "colocation",
+    "build_app": "application",
+    "build_dp_openai_app": "llm",
+    "build_openai_app": "llm",
+    "build_pd_openai_app": "llm",
+}
 
-_HOMES = {"build_app": "application", "attach_tuner": "colocation", "TunerLink": "colocation"}
+__all__ = [
+    "TunerLink",
+    "VllmStats",
+    "attach_tuner",
+    "build_app",
+    "build_dp_openai_app",
+    "build_openai_app",
+    "build_pd_openai_app",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import serve
@@ -17,7 +18,13 @@ from agft_ray.actors.messages import EngineIdentity, EnginePush, TunerReply, Tun
 from agft_ray.actors.placement import NodeGpus, own_gpu_amounts, own_node_id, probe_gpus
 from agft_ray.clock import Clock, WallClock
 from agft_ray.config import parse
-from agft_ray.errors import ConfigError, GpuError, GpuLostError, GpuTransientError
+from agft_ray.errors import (
+    ConfigError,
+    GpuError,
+    GpuLostError,
+    GpuTransientError,
+    StaleMetricsError,
+)
 from agft_ray.gpu.gpu_config import NvmlGpuConfig
 from agft_ray.gpu.registry import GpuSpec
 from agft_ray.settings import PUSH_INTERVAL_S, TunerConfig, check_pushes
@@ -46,6 +53,8 @@ class TunerLink:
         config: TunerConfig,
         stats: Callable[[float], EngineSample],
         figures: Callable[[], dict[str, Any]],
+        observe_only: str = "",
+        bundles: Sequence[int] | None = None,
     ) -> None:
         self.replica = serve.get_replica_context().replica_id.unique_id
         self.role = "tuned"
@@ -54,9 +63,11 @@ class TunerLink:
         self._gpu, self._start = gpu, start
         self._arms = gpu.known_arms if isinstance(gpu, GpuSpec) else None
         self._stats, self._figures = stats, figures
+        self._observe_only, self._bundles = observe_only, bundles
         self._config, self._config_version = config, 0
         self._confirmed_version = -1
-        self._config_error = self._gpu_lost = ""
+        self._is_configured = False
+        self._refusal = self._config_error = self._gpu_lost = ""
         self._check(config)
         self._wake = asyncio.Event()
         self._probed = asyncio.Event()
@@ -65,8 +76,10 @@ class TunerLink:
 
     @property
     def config_error(self) -> str:
-        """Why the tuner refused the newest settings, or ""."""
-        return self._config_error
+        """Why the newest settings are not in force as they were given, or ""."""
+        if self._refusal or self._config_error:
+            return self._refusal or self._config_error
+        return self._observe_only if self._config.mode == "control" else ""
 
     async def probed(self) -> None:
         """Wait until it is known which GPUs the replica has, or that this cannot be found out.
@@ -92,12 +105,23 @@ class TunerLink:
     def reconfigure(self, user_config: object) -> None:
         """Check a `user_config` and have the tuner take it; never waits for the tuner.
 
-        Raises `ConfigError`, and keeps the settings as they are, if anything in it is wrong.
+        Settings with anything wrong in them are refused whole. The first time, when the replica
+        starts, that raises `ConfigError`, and so the deployment fails. Later the replica keeps the
+        settings it has and says so in its log and status (`config_error`): Serve would replace it
+        if this raised, and a mistake in a tuner's settings must not cost a replica.
         """
-        config = parse(TunerConfig, user_config or {}, source="user_config")
-        self._check(config)
-        self._config, self._config_version = config, self._config_version + 1
-        self._wake.set()
+        try:
+            config = parse(TunerConfig, user_config or {}, source="user_config")
+            self._check(config)
+        except ConfigError as error:
+            if not self._is_configured:
+                raise
+            self._refusal = str(error)
+            log.error("keeping the settings of replica %s: %s", self.replica, error)
+        else:
+            self._is_configured, self._refusal = True, ""
+            self._config, self._config_version = config, self._config_version + 1
+            self._wake.set()
 
     async def close(self) -> None:
         """Have the clocks reset, waiting for it a little."""
@@ -116,7 +140,7 @@ class TunerLink:
             if self._arms is not None:
                 config.arms(self._arms)
             if config.mode == "control" and not isinstance(self._gpu, GpuSpec):
-                _refuse_shared_gpus()
+                _refuse_shared_gpus(self._bundles)
         except ValueError as error:
             raise ConfigError("user_config", [str(error)]) from None
 
@@ -158,7 +182,7 @@ class TunerLink:
     async def _nodes(self, gpu: NvmlGpuConfig) -> tuple[NodeGpus, ...]:
         if gpu.uuids is not None:
             return (NodeGpus(own_node_id(), gpu.uuids, 1.0),)
-        return await asyncio.to_thread(probe_gpus)
+        return await asyncio.to_thread(probe_gpus, self._bundles)
 
     async def _push_forever(self) -> None:
         due_s = time.monotonic()
@@ -175,10 +199,16 @@ class TunerLink:
 
     async def _push(self) -> None:
         version = self._config_version
-        config = self._config if version != self._confirmed_version else None
-        push = EnginePush(
-            self._stats(self.clock.now_s()), _rank(), self._figures(), config, version
-        )
+        config = None
+        if version != self._confirmed_version:
+            config = _within(self._config, self._observe_only)
+        figures = {"replica_pid": os.getpid(), "config_error": self.config_error}
+        sample: EngineSample | None = None
+        try:
+            sample = self._stats(self.clock.now_s())
+        except StaleMetricsError as error:
+            figures["reason"] = str(error)
+        push = EnginePush(sample, _rank(), figures | self._figures(), config, version)
         reply: TunerReply = await self._tuner.observe.remote(push)
         self.role, self._confirmed_version = reply.role, reply.config_version
         self._config_error, self._gpu_lost = reply.config_error, reply.gpu_lost
@@ -194,18 +224,25 @@ def attach_tuner(
     role: str = "mixed",
     quantisation: str = "none",
     figures: Callable[[], dict[str, Any]] = dict,
+    observe_only: str = "",
+    bundles: Sequence[int] | None = None,
 ) -> TunerLink:
     """Give the Serve replica whose constructor calls this a tuner of its own.
 
     Args:
         stats: reads the engine's statistics, given the time to stamp them with; called ten times
             a second on the replica's event loop, so it must be quick (see `EngineStats.sample`).
+            Raises `StaleMetricsError`, saying why, while it does not know them.
         gpu: the GPUs to tune: a `NvmlGpuConfig` or `ZeusdGpuConfig` for the NVIDIA GPUs that Ray
             has given the replica (or those it names), or what `claim_simulated_gpu` returned.
         engine_model: what the engine serves; experience is shared between equal names only.
         config: the tuner's settings; a dict is validated.
         tensor_parallel, role, quantisation: further marks of the engine in the prior key.
         figures: further facts to show in the fleet's status.
+        observe_only: why the tuner may not set clocks whatever its settings say, or "": for
+            statistics that are not complete enough to judge a clock by.
+        bundles: which of its placement group's bundles are the replica's, the one it runs in
+            first; all of them, unless Serve's gang scheduling has replicas share the group.
 
     Returns at once; the tuner starts in the background. Keep the link for as long as the replica
     lives, call `link.reconfigure(user_config)` from the deployment's `reconfigure`,
@@ -227,18 +264,25 @@ def attach_tuner(
                 replica=context.replica_id.unique_id,
                 gpu=own,
                 engine=EngineIdentity(engine_model, tensor_parallel, role, quantisation),
-                config=settings,
+                config=_within(settings, observe_only),
                 elsewhere=elsewhere,
                 problem=problem,
             )
         )
 
-    return TunerLink(gpu, start, settings, stats, figures)
+    return TunerLink(gpu, start, settings, stats, figures, observe_only, bundles)
 
 
-def _refuse_shared_gpus() -> None:
+def _within(config: TunerConfig, observe_only: str) -> TunerConfig:
+    """The settings, without control if there is a reason to observe only."""
+    if observe_only and config.mode == "control":
+        return config.model_copy(update={"mode": "observe"})
+    return config
+
+
+def _refuse_shared_gpus(bundles: Sequence[int] | None) -> None:
     """By what Ray has given the replica; who else is on a GPU all the same, the lease tells."""
-    for amount in own_gpu_amounts():
+    for amount in own_gpu_amounts(bundles):
         if amount != int(amount):
             raise ValueError(
                 f"mode: control needs whole GPUs, and this replica has {amount:g} of one: replicas "

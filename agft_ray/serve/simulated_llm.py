@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import math
-import os
 import random
 import time
 import uuid
@@ -24,7 +22,6 @@ from starlette.exceptions import HTTPException
 
 from agft_ray.actors.experience_aggregator import get_aggregator
 from agft_ray.clock import WallClock
-from agft_ray.errors import ConfigError
 from agft_ray.gpu.gpu_config import NvmlGpuConfig, SimulatedGpuConfig
 from agft_ray.gpu.registry import GpuSpec, claim_simulated_gpu
 from agft_ray.serve.app_config import AppConfig
@@ -51,8 +48,6 @@ from agft_ray.types import RequestTimings
 MEDIAN_OUTPUT_TOKENS, MEAN_OUTPUT_TOKENS = 129, 211
 """Of answers whose length the request leaves open: those of the Azure 2023 conversation trace."""
 STATUS_TIMEOUT_S = 5.0
-
-log = logging.getLogger(__name__)
 
 api = FastAPI(title="agft_ray: simulated LLM", docs_url=None, redoc_url=None)
 
@@ -135,44 +130,23 @@ class SimulatedLLM:
             gpu=gpu,
             engine_model=config.model,
             config=config.tuner,
-            figures=self._figures,
+            figures=lambda: self._engine.lateness(),
         )
         self._clock = clock
         self._engine = WallEngine(engine, device, clock, on_wake=self._link.wake)
         self._running = asyncio.get_running_loop().create_task(self._engine.run())
         self._lengths = random.Random(f"{config.seed}:{context.replica_id.unique_id}")
         self._aggregator = get_aggregator()
-        self._configured, self._config_error = False, ""
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """New tuner settings; refused whole, with every problem named, if any is wrong.
-
-        A replica that starts fails with them, and so the deployment. One that serves keeps the
-        settings it has, and says so in its log and status: Serve would replace it otherwise, and
-        a mistake in the tuner's settings must not cost a replica.
-        """
-        try:
-            self._link.reconfigure(user_config)
-        except ConfigError as error:
-            if not self._configured:
-                raise
-            self._config_error = str(error)
-            log.error("keeping the tuner's settings: %s", error)
-        else:
-            self._configured, self._config_error = True, ""
+        """New tuner settings, see `TunerLink.reconfigure`."""
+        self._link.reconfigure(user_config)
 
     def check_health(self) -> None:
         """The engine and its GPU are this replica's health; the tuner is not."""
         if self._running.done():
             raise RuntimeError(f"the engine has ended: {self._running}")
         self._link.check_health()
-
-    def _figures(self) -> dict[str, Any]:
-        return {
-            "replica_pid": os.getpid(),
-            "config_error": self._config_error or self._link.config_error,
-            **self._engine.lateness(),
-        }
 
     async def __del__(self) -> None:
         link = getattr(self, "_link", None)

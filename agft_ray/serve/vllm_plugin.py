@@ -1,0 +1,49 @@
+"""The stat logger that vLLM loads: the only module that imports vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, SchedulerStats
+
+from agft_ray.serve.vllm_stats import missing_fields, registered_stats
+
+HAS_ITERATION_DETAILS = hasattr(AsyncEngineArgs, "enable_logging_iteration_details")
+"""Whether this vLLM can time its steps and tell those with prefill apart."""
+
+
+class TunerStatLogger(StatLoggerBase):  # type: ignore[misc]
+    """Passes on what vLLM tells it; one for each data-parallel engine. See `VllmStats`."""
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        self._stats = registered_stats()
+        if self._stats is not None:
+            observability = getattr(vllm_config, "observability_config", None)
+            details = getattr(observability, "enable_logging_iteration_details", False)
+            self._stats.connect(engine_index, has_details=details)
+            # vLLM rebuilds its loggers when it scales its engines, without those of plugins.
+            weakref.finalize(self, self._stats.disconnect)
+        self._engine_index = engine_index
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, *_: object, **further: Any
+    ) -> None:
+        if self._stats is not None:
+            self._stats.record(scheduler_stats, iteration_stats, self._engine_index)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+
+# What a later vLLM may ask of its loggers beyond this must not keep its engine from starting.
+TunerStatLogger.__abstractmethods__ = frozenset()
+
+
+def problem() -> str:
+    """Why the statistics of the installed vLLM are not enough to tune by, or ""."""
+    finished = [field.name for field in dataclasses.fields(FinishedRequestStats)]
+    return missing_fields(SchedulerStats(), IterationStats(), finished)
