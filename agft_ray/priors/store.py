@@ -91,10 +91,16 @@ class ExperienceStore:
         return FleetReply(live.index(report.replica), len(live), self._prior(report))
 
     def statuses(self, deployment: str | None = None) -> list[dict[str, Any]]:
-        """The last status of every known replica (of one deployment), with `alive` added."""
+        """The last status of every known replica (of one deployment: `application#deployment`),
+        with who it is and whether it is `alive` added."""
         self._expire(self._clock.now_s())
         return [
-            {**member.report.status, "replica": replica, "alive": member.alive}
+            {
+                **member.report.status,
+                "deployment": member.report.deployment,
+                "replica": replica,
+                "alive": member.alive,
+            }
             for replica, member in self._members.items()
             if deployment in (None, member.report.deployment)
         ]

