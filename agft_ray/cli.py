@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agft_ray import __version__
+from agft_ray.actors import status_command
 from agft_ray.errors import AgftError
 from agft_ray.gpu import commands as gpu_commands
 from agft_ray.types import Request
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     overhead.set_defaults(command=_bench_overhead)
 
     gpu_commands.add_commands(commands)
+    status_command.add_command(commands)
     return parser
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,26 +10,12 @@ import pytest
 from serve_app import running_app, shipped_config, wait_until
 
 TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS / "fake_nvml"))
-from fake_nvml import FakeNvml, build  # noqa: E402
 
 pytestmark = pytest.mark.ray
 
+GPUS = 1
+
 QUICK = {"window_s": 0.5, "settle_s": 0.1, "policy": {"name": "fixed", "sm_clock_mhz": 1200}}
-
-
-@pytest.fixture(scope="module")
-def fake(directory):
-    """A node with one GPU whose driver is a fake; what is started now sees it."""
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler (cc) to build the fake NVML with")
-    fake = FakeNvml(directory / "node.nvml", gpus=1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in fake.env(build(directory)).items():
-            patch.setenv(name, value)
-        patch.setenv("AGFT_RAY_LEASE_DIR", str(directory / "leases"))
-        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        yield fake
 
 
 @pytest.fixture

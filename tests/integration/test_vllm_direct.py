@@ -1,0 +1,38 @@
+"""Real vLLM with direct streaming: its own server answers, and nothing of Ray's LLM server."""
+
+import asyncio
+
+import pytest
+import yaml
+from serve_app import wait_until
+from vllm_app import TUNER, Statuses, load, shipped, tokens
+
+from agft_ray.serve.local_cluster import serve_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+
+GPUS = 2
+
+
+def test_direct_streaming_is_tuned_as_well(directory, tiny_model, fake):
+    """A CPU replica owns no GPU here, so the settings name the one to control."""
+    uuid = fake.gpu(1).uuid
+    energy = {"gpu": {"kind": "nvml", "uuids": [uuid]}, "tuner": TUNER}
+    content = shipped(tiny_model, replicas=1, energy=energy)
+    del content["applications"][0]["args"]["ingress_deployment_config"]
+    path = directory / "direct.yaml"
+    path.write_text(yaml.safe_dump(content))
+    direct = {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
+    with serve_run(path, None, directory / "direct.log", environment=direct) as app:
+        statuses = Statuses(app)
+        try:
+            prompt, generated = asyncio.run(load(app, requests=12))
+            (replica,) = statuses.until(
+                lambda found: tokens(found) == (prompt, generated), 15, "every token"
+            )
+            assert replica["gpu_uuid"] == uuid
+            wait_until(lambda: fake.gpu(1).locked_mhz == (1200, 1200), 20, "the lock")
+            assert fake.gpu(0).locked_mhz is None
+        finally:
+            statuses.close()
+    assert fake.gpu(1).locked_mhz is None
