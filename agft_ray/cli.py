@@ -20,6 +20,8 @@ from agft_ray.types import Request
 
 if TYPE_CHECKING:
     from agft_ray.evaluation.summary import Slo
+    from agft_ray.gpu.gpu_config import GpuConfig
+    from agft_ray.settings import TunerConfig
 
 DEFAULT_RATE_PER_S = 1.5
 DEMO_WALL_S = 180.0
@@ -158,17 +160,31 @@ def _requests(
 
 
 def _validate(arguments: argparse.Namespace) -> int:
+    from agft_ray.serve.app_config import AppConfig
     from agft_ray.serve.validation import validate_file
 
-    for config in validate_file(arguments.file):
-        tuner = config.tuner
-        print(
-            f"{arguments.file}: valid. {config.num_replicas} replicas of {config.model} on "
-            f"{config.gpu.kind} GPUs ({config.profile}), {tuner.holdout_replicas} held out, "
-            f"speed {config.speed:g}, "
-            f"mode {tuner.mode}, policy {tuner.policy.name}, objective {tuner.objective}"
-        )
+    for application in validate_file(arguments.file):
+        if isinstance(application, AppConfig):
+            what = (
+                f"{application.num_replicas} replicas of {application.model} on "
+                f"{_described(application.gpu, application.tuner)}, speed {application.speed:g}"
+            )
+            print(f"{arguments.file}: valid. {what}")
+            continue
+        for llm in application.llms:
+            what = f"{llm.model_id} ({llm.role}) on {_described(llm.gpu, llm.tuner)}"
+            print(f"{arguments.file}: valid. {what}")
+        if not application.checked_by_ray:
+            print("Ray's own fields of llm_configs were not checked: ray.serve.llm is missing here")
     return 0
+
+
+def _described(gpu: GpuConfig, tuner: TunerConfig) -> str:
+    named = f" ({gpu.profile})" if gpu.kind == "simulated" else ""
+    return (
+        f"{gpu.kind} GPUs{named}, {tuner.holdout_replicas} held out, "
+        f"mode {tuner.mode}, policy {tuner.policy.name}, objective {tuner.objective}"
+    )
 
 
 def _replay(arguments: argparse.Namespace) -> int:
@@ -187,11 +203,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     from agft_ray.evaluation.summary import Slo
     from agft_ray.serve.local_cluster import serve_run
-    from agft_ray.serve.validation import validate_file
+    from agft_ray.serve.validation import simulated_app
 
-    config, *others = validate_file(arguments.file)
-    if others:
-        raise AgftError(f"{arguments.file}: the demo takes one application, it has more")
+    config = simulated_app(arguments.file)
     workload = _workload(arguments, arguments.wall * config.speed)
     out = arguments.out or Path(tempfile.mkdtemp(prefix="agft-demo-"))
     out.mkdir(parents=True, exist_ok=True)

@@ -66,8 +66,8 @@ def _place(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
 
 
 def _did_you_mean(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    known = _field_names(model)
-    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    others = [name for name in _field_names(model) if name != loc[-1]]
+    close = difflib.get_close_matches(str(loc[-1]), others, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from agft_ray.serve.local_cluster import RunningServe, serve_run
-from agft_ray.serve.validation import DEPLOYMENT, validate_file
+from agft_ray.serve.validation import DEPLOYMENT, simulated_app
 
 CLIENTS = 96
 PROMPT_WORDS, OUTPUT_TOKENS = 20, 8
@@ -93,7 +93,7 @@ def bench_overhead(*, blocks: int, block_s: float, seed: int = 0) -> int:
     with tempfile.TemporaryDirectory(prefix="agft-bench-") as directory:
         path = Path(directory) / "bench.yaml"
         path.write_text(yaml.safe_dump(CONFIG))
-        (config,) = validate_file(path)
+        config = simulated_app(path)
         log_path = Path(directory) / "serve.log"
         with serve_run(path, config, log_path, on_wait=_say) as running, _idle_actor(running):
             ratios = asyncio.run(_measure(running, blocks, block_s, seed))

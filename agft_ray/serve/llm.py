@@ -208,7 +208,7 @@ def _llm_configs(given: Mapping[str, object], energy: EnergyConfig) -> list[LLMC
     found: list[LLMConfig] = []
     for place, value in given.items():
         try:
-            llm_config = _llm_config(value)
+            llm_config = read_llm_config(value)
             llm_config.experimental_configs.setdefault(ENERGY_KEY, energy.model_dump())
             check_llm_config(llm_config.experimental_configs, llm_config.deployment_config)
             found.append(llm_config)
@@ -219,7 +219,11 @@ def _llm_configs(given: Mapping[str, object], energy: EnergyConfig) -> list[LLMC
     return found
 
 
-def _llm_config(value: object) -> LLMConfig:
+def read_llm_config(value: object) -> LLMConfig:
+    """Ray's `LLMConfig` from a mapping, a YAML file's name or another, of which it is a copy.
+
+    Raises `ConfigError` with every problem that Ray finds.
+    """
     try:
         if isinstance(value, LLMConfig):
             return value.model_copy(deep=True)

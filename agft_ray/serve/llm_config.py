@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -77,15 +77,42 @@ def check_llm_config(
         energy = parse(EnergyConfig, block, source=ENERGY_KEY)
         _check_pushes(energy.tuner, "tuner.window_s")
     except ConfigError as error:
-        problems += [f"experimental_configs.{ENERGY_KEY}.{problem}" for problem in error.problems]
+        problems += [
+            f"experimental_configs.{problem}"
+            for problem in with_way_out(f"{ENERGY_KEY}.{problem}" for problem in error.problems)
+        ]
     try:
         if user_config is not None:
-            _check_pushes(parse(TunerConfig, user_config, source="user_config"), "window_s")
+            check_user_config(user_config)
     except ConfigError as error:
         problems += [f"deployment_config.user_config.{problem}" for problem in error.problems]
     if problems:
         raise ConfigError("LLMConfig", problems)
     return energy
+
+
+def check_user_config(user_config: object) -> TunerConfig:
+    """A `user_config` of a deployment; raises `ConfigError` with every problem of it."""
+    config = parse(TunerConfig, user_config, source="user_config")
+    _check_pushes(config, "window_s")
+    return config
+
+
+def with_way_out(problems: Iterable[str]) -> list[str]:
+    """Problems of `energy` blocks, with the right place of what is often put in a wrong one."""
+    return [problem + _way_out(problem) for problem in problems]
+
+
+def _way_out(problem: str) -> str:
+    field, _, rule = problem.partition(": ")
+    block, _, name = field.rpartition(".")
+    if block != ENERGY_KEY or rule != "unknown setting":
+        return ""
+    if name in TunerConfig.model_fields:
+        return f" here; it belongs under {ENERGY_KEY}.tuner"
+    if name in NvmlGpuConfig.model_fields:
+        return f" here; it belongs under {ENERGY_KEY}.gpu"
+    return ""
 
 
 def _check_pushes(config: TunerConfig, field: str) -> None:

@@ -8,34 +8,59 @@ from typing import Any
 from agft_ray.config import load_yaml, parse
 from agft_ray.errors import ConfigError
 from agft_ray.serve.app_config import AppConfig
+from agft_ray.serve.llm_validation import (
+    BUILDERS,
+    RAY_BUILDER,
+    TUNED_SERVER,
+    LlmApplication,
+    check_llm_application,
+)
 
 BUILDER = "agft_ray.serve:build_app"
 DEPLOYMENT = "SimulatedLLM"
 
 
-def validate_file(path: str | Path) -> list[AppConfig]:
+def validate_file(path: str | Path) -> list[AppConfig | LlmApplication]:
     """Check a config file and every application of ours in it.
 
-    Returns the applications' arguments, with a `user_config` of the file in place of `tuner`.
-    Raises `ConfigError` with all problems of the file, each named by its place in it.
+    Returns what will run: of a simulated application its arguments, with a `user_config` of the
+    file in place of `tuner`. Raises `ConfigError` with all problems of the file, each named by its
+    place in it.
     """
     content = load_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("applications"), list):
         raise ConfigError(str(path), ["applications: required, a list of Serve applications"])
     problems: list[str] = []
-    configs: list[AppConfig | None] = []
+    found: list[AppConfig | LlmApplication | None] = []
     for index, application in enumerate(content["applications"]):
         place = f"applications.{index}"
         if not isinstance(application, dict) or "import_path" not in application:
             problems.append(f"{place}.import_path: required, and missing")
         elif application["import_path"] == BUILDER:
-            configs.append(_check(application, place, problems))
-    if not configs and not problems:
-        problems.append(f"applications: none has import_path {BUILDER!r}, nothing to check")
+            found.append(_check(application, place, problems))
+        elif application["import_path"] in (*BUILDERS, RAY_BUILDER):
+            found.append(check_llm_application(application, place, problems))
+    applications = [application for application in found if application is not None]
+    if not applications and not problems:
+        problems.append(
+            f"applications: nothing to check; none has an import_path of ours ({BUILDER}, "
+            f"{', '.join(BUILDERS)}), or {RAY_BUILDER} with server_cls {TUNED_SERVER}"
+        )
     problems += _serve_problems(content)
     if problems:
         raise ConfigError(str(path), problems)
-    return [config for config in configs if config is not None]
+    return applications
+
+
+def simulated_app(path: str | Path) -> AppConfig:
+    """The arguments of the file's only application, which must be a simulated one.
+
+    Raises `ConfigError` if it is not, or with all problems of the file.
+    """
+    applications = validate_file(path)
+    if len(applications) == 1 and isinstance(applications[0], AppConfig):
+        return applications[0]
+    raise ConfigError(str(path), [f"applications: there must be one, with import_path {BUILDER!r}"])
 
 
 def _check(application: dict[str, Any], place: str, problems: list[str]) -> AppConfig | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from agft_ray.serve.local_cluster import free_port, serve_run
-from agft_ray.serve.validation import validate_file
+from agft_ray.serve.validation import simulated_app
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def simulated_config(directory, *, args=None, user_config=None):
 def running_app(directory, content):
     path = directory / "app.yaml"
     path.write_text(yaml.safe_dump(content))
-    (config,) = validate_file(path)
+    config = simulated_app(path)
     with serve_run(path, config, directory / "serve.log") as app:
         yield app
 

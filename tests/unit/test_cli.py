@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from agft_ray.cli import main
-from agft_ray.serve.validation import validate_file
+from agft_ray.serve.validation import simulated_app, validate_file
 
 CONFIG = "configs/simulated.yaml"
 
@@ -38,7 +38,7 @@ def test_user_config_takes_the_place_of_tuner(edited):
     def edit(content, application):
         application["args"]["tuner"] = {"mode": "off"}
 
-    (config,) = validate_file(edited(edit))
+    config = simulated_app(edited(edit))
     assert config.tuner.mode == "control"
 
 
