@@ -59,26 +59,27 @@ def add_command(commands: Commands) -> None:
 def _status(arguments: argparse.Namespace) -> int:
     if arguments.watch is not None and not arguments.watch > 0:
         raise AgftError(f"--watch: {arguments.watch:g} is not a positive number of seconds")
-    readings = _readings(arguments)
+    found = _found(arguments.address)
+    readings = ([each for each in all_ if _is_asked_for(each, arguments)] for all_ in found)
     if arguments.json:
         return _print_json(readings, arguments.watch)
     return _print_tables(readings, arguments.watch)
 
 
-def _readings(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """The statuses, anew each time they are asked for."""
+def _found(address: str) -> Iterator[list[dict[str, Any]]]:
+    """All statuses of the cluster, anew each time they are asked for."""
     import ray
     from ray.exceptions import RayError
 
     from agft_ray.actors.names import AGGREGATOR, NAMESPACE
 
-    _refuse_dead(arguments.address)
+    _refuse_dead(address)
     try:
-        ray.init(arguments.address, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False)
+        ray.init(address, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise AgftError(
-            f"no Ray cluster to be joined at {arguments.address!r} ({reason}); start one, name one "
+            f"no Ray cluster to be joined at {address!r} ({reason}); start one, name one "
             "with --address HOST:PORT, and where it asks for a token set RAY_AUTH_MODE=token"
         ) from None
     aggregator = None
@@ -86,12 +87,12 @@ def _readings(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         try:
             # By name: to look must not start one.
             aggregator = aggregator or ray.get_actor(AGGREGATOR, namespace=NAMESPACE)
-            found = ray.get(aggregator.statuses.remote(), timeout=TIMEOUT_S)
+            found: list[dict[str, Any]] = ray.get(aggregator.statuses.remote(), timeout=TIMEOUT_S)
         except ValueError:
             raise AgftError("no tuner has reported in this cluster yet") from None
         except RayError as error:
             raise AgftError(f"the experience aggregator does not answer: {error}") from None
-        yield [status for status in found if _is_asked_for(status, arguments)]
+        yield found
 
 
 def _refuse_dead(address: str) -> None:
