@@ -68,8 +68,10 @@ class FakeLLMEngine(LLMEngine):
         bundles = os.environ.get("VLLM_RAY_BUNDLE_INDICES", own).split(",")
         self._workers = [start_worker(int(index)) for index in bundles]
         gpus = await asyncio.gather(*(worker.gpus.remote() for worker in self._workers))
-        found = {"gpus": sorted(sum(gpus, [])), "bundles": bundles, "pid": os.getpid()}
-        (directory / f"{replica}.json").write_text(json.dumps(found))
+        found = {"gpus": sorted(gpu for (gpu,) in gpus), "bundles": bundles, "pid": os.getpid()}
+        unfinished = directory / f"{replica}.unfinished"
+        unfinished.write_text(json.dumps(found))
+        unfinished.rename(unfinished.with_suffix(".json"))
         details = self._engine_kwargs["enable_logging_iteration_details"]
         observability = SimpleNamespace(enable_logging_iteration_details=details)
         config = SimpleNamespace(observability_config=observability)
