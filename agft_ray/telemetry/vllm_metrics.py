@@ -57,6 +57,8 @@ _SERIES = re.compile(r"([^\s{]+)(?:\{(.*)\})?\s+(\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 MAX_TEXT_BYTES = 16 << 20
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""An engine is near; a proxy in the environment is for what is far."""
 
 
 def engine_sample(
@@ -92,21 +94,25 @@ def missing(lines: Iterable[str]) -> list[str]:
 
 
 def _values(lines: Iterable[str], labels: Mapping[str, str]) -> dict[str, list[float]]:
-    """Every series' value, by quantity, under the newest of its names that is there."""
-    found: dict[str, list[float]] = {}
+    """Each engine's value, by quantity, under the newest of its names that is there.
+
+    Without those that some engine lacks: its share would be read as none.
+    """
+    found: dict[str, dict[frozenset[tuple[str, str]], float]] = {}
     for line in lines:
         series = _SERIES.match(line)
         if series is None or series[1] not in _KNOWN:
             continue
         tags = dict(_LABEL.findall(series[2] or ""))
         if all(tags.get(name) == value for name, value in labels.items()):
-            found.setdefault(series[1], []).append(_number(series[3]))
-    values = {}
-    for quantity, names in NAMES.items():
-        name = next((name for name in names if name in found), None)
-        if name is not None and all(map(math.isfinite, found[name])):
-            values[quantity] = found[name]
-    return values
+            found.setdefault(series[1], {})[frozenset(tags.items())] = _number(series[3])
+    chosen = {q: next((n for n in names if n in found), "") for q, names in NAMES.items()}
+    engines = {engine for name in chosen.values() if name for engine in found[name]}
+    return {
+        quantity: list(found[name].values())
+        for quantity, name in chosen.items()
+        if name and found[name].keys() == engines and all(map(math.isfinite, found[name].values()))
+    }
 
 
 def _number(text: str) -> float:
@@ -147,7 +153,7 @@ class VllmMetricsSource:
         self,
         url: str,
         *,
-        interval_s: float = 1.0,
+        interval_s: float = 0.5,
         timeout_s: float = 2.0,
         max_age_s: float = 5.0,
         labels: Mapping[str, str] | None = None,
@@ -200,5 +206,5 @@ class VllmMetricsSource:
 
 
 def _fetch(url: str, timeout_s: float) -> str:
-    with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+    with _DIRECT.open(url, timeout=timeout_s) as answer:
         return str(answer.read(MAX_TEXT_BYTES).decode("utf-8", "replace"))

@@ -4,6 +4,7 @@ import http.server
 import importlib.util
 import threading
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +69,15 @@ def test_engines_are_added_up_or_kept_apart():
     assert second == replace(times(2), kv_cache_usage=0.5)
     with pytest.raises(StaleMetricsError):
         engine_sample(text, t_s=5.0, labels={"engine": "2"})
+
+
+@pytest.mark.parametrize("quantity", sorted(set(NAMES) - OPTIONAL))
+def test_what_one_of_two_engines_lacks_is_missing(quantity):
+    lacking = f'{NAMES[quantity][0]}{{engine="1"'
+    text = [line for line in lines("v0.29_two_engines") if not line.startswith(lacking)]
+    with pytest.raises(StaleMetricsError, match=f"missing in vLLM's metrics: {quantity} "):
+        engine_sample(text, t_s=5.0)
+    assert engine_sample(text, t_s=5.0, labels={"engine": "0"}) == ONE
 
 
 def test_an_idle_engine_reads_idle():
@@ -161,6 +171,12 @@ def sampled(source, t_s=5.0):
         return None
 
 
+def why(source, t_s=5.0):
+    with pytest.raises(StaleMetricsError) as stale:
+        source.sample(t_s)
+    return str(stale.value)
+
+
 TEXT = "\n".join(lines("v0.29"))
 
 
@@ -170,13 +186,32 @@ def test_the_newest_scrape_with_the_time_it_began(source):
     assert one.sample(7.0) == ONE
 
 
+def test_the_time_is_that_at_which_the_scrape_began(source):
+    clock = ManualClock(5.0)
+
+    def slow(url, timeout_s):
+        clock.advance_to(6.5)
+        return TEXT
+
+    one = source(slow, clock=clock, interval_s=60.0)
+    eventually(lambda: sampled(one))
+    assert one.sample(6.5) == ONE
+
+
+def test_labels_select_the_engine(source):
+    two = "\n".join(lines("v0.29_two_engines"))
+    one = source(Fetch(two), labels={"engine": "0"})
+    eventually(lambda: sampled(one))
+    assert one.sample(5.0) == ONE
+
+
 def test_a_server_that_does_not_answer_is_stale_after_a_while(source):
     fetch = Fetch(TEXT, OSError("connection refused"))
-    one = source(fetch, max_age_s=3.0)
+    one = source(fetch, max_age_s=2.5)
     eventually(lambda: fetch.calls > 3)
-    assert one.sample(8.0) == ONE
-    with pytest.raises(StaleMetricsError, match=r"5.0 s old: connection refused"):
-        one.sample(10.0)
+    assert one.sample(7.5) == ONE
+    with pytest.raises(StaleMetricsError, match=r"2\.6 s old: connection refused"):
+        one.sample(7.6)
 
 
 def test_a_server_that_recovers(source):
@@ -205,9 +240,15 @@ def test_close_ends_the_thread(source):
     eventually(lambda: not any(t.name == "vllm-metrics" for t in threading.enumerate()))
 
 
-def test_over_http():
+@pytest.fixture
+def server():
+    """A local HTTP server of the text, and the event without which it does not answer."""
+    answers = threading.Event()
+    answers.set()
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            answers.wait(10.0)
             self.send_response(200 if self.path == "/metrics" else 404)
             self.end_headers()
             self.wfile.write(TEXT.encode())
@@ -216,16 +257,44 @@ def test_over_http():
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *arguments: None  # clients that did not wait
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    host = f"http://127.0.0.1:{server.server_port}"
-    good = VllmMetricsSource(f"{host}/metrics", interval_s=0.01)
-    bad = VllmMetricsSource(f"{host}/elsewhere", interval_s=0.01)
+    yield f"http://127.0.0.1:{server.server_port}", answers
+    answers.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_stalls_is_stale_until_it_answers_again(server):
+    url, answers = server
+    one = VllmMetricsSource(f"{url}/metrics", interval_s=0.01, timeout_s=0.05, max_age_s=0.3)
     try:
-        eventually(lambda: sampled(good, time.monotonic()))
-        assert replace(good.sample(time.monotonic()), t_s=5.0) == ONE
-        eventually(lambda: "404" in bad._newest.error)
+        eventually(lambda: sampled(one, time.monotonic()))
+        assert replace(one.sample(time.monotonic()), t_s=5.0) == ONE
+        answers.clear()
+        eventually(lambda: sampled(one, time.monotonic()) is None)
+        with pytest.raises(StaleMetricsError, match=r"old: .*timed out"):
+            one.sample(time.monotonic())
+        answers.set()
+        eventually(lambda: sampled(one, time.monotonic()))
     finally:
-        good.close()
-        bad.close()
-        server.shutdown()
-        server.server_close()
+        one.close()
+
+
+def test_a_wrong_path_is_named(server):
+    one = VllmMetricsSource(f"{server[0]}/elsewhere", interval_s=0.01)
+    try:
+        eventually(lambda: "404" in why(one))
+    finally:
+        one.close()
+
+
+def test_a_proxy_in_the_environment_is_not_asked(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # the default one, made anew
+    one = VllmMetricsSource(f"{server[0]}/metrics", interval_s=0.01)
+    try:
+        eventually(lambda: sampled(one, time.monotonic()))
+    finally:
+        one.close()
