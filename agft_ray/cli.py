@@ -102,6 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     overhead.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
     overhead.add_argument("--block-s", type=float, default=5.0, metavar="S")
     overhead.set_defaults(command=_bench_overhead)
+    vllm = kinds.add_parser("vllm", help="vLLM with tuner against without (Ray, vLLM on the CPU)")
+    vllm.add_argument("model", type=Path, help="folder of a model, see examples/tiny_model.py")
+    vllm.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
+    vllm.add_argument("--block-s", type=float, default=5.0, metavar="S")
+    vllm.add_argument("--seed", type=int, default=0)
+    vllm.add_argument("--no-details", action="store_true", help="do not have vLLM time its steps")
+    vllm.set_defaults(command=_bench_vllm)
 
     gpu_commands.add_commands(commands)
     status_command.add_command(commands)
@@ -277,3 +284,15 @@ def _bench_overhead(arguments: argparse.Namespace) -> int:
     from agft_ray.serve.bench import bench_overhead
 
     return bench_overhead(blocks=arguments.blocks, block_s=arguments.block_s)
+
+
+def _bench_vllm(arguments: argparse.Namespace) -> int:
+    from agft_ray.serve.bench_vllm import bench_vllm
+
+    return bench_vllm(
+        arguments.model,
+        blocks=arguments.blocks,
+        block_s=arguments.block_s,
+        seed=arguments.seed,
+        details=not arguments.no_details,
+    )

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,13 @@ def bench_overhead(*, blocks: int, block_s: float, seed: int = 0) -> int:
         path.write_text(yaml.safe_dump(CONFIG))
         config = simulated_app(path)
         log_path = Path(directory) / "serve.log"
-        with serve_run(path, config, log_path, on_wait=_say) as running, _idle_actor(running):
+        with serve_run(path, config, log_path, on_wait=say) as running, _idle_actor(running):
             ratios = asyncio.run(_measure(running, blocks, block_s, seed))
-    _summarise(ratios, seed)
+    median, low, high = median_interval(ratios, seed=seed)
+    print(
+        f"throughput with tuner / without: median {median:.4f}, "
+        f"95 % interval {low:.4f} to {high:.4f} ({len(ratios)} pairs, seed {seed})"
+    )
     return 0
 
 
@@ -122,7 +126,8 @@ def _idle_actor(running: RunningServe) -> Iterator[None]:
         driver.communicate()
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Show what is being waited for, on a terminal."""
     if sys.stdout.isatty():
         print(f"\r\033[K{message}", end="", flush=True)
 
@@ -132,17 +137,17 @@ async def _measure(running: RunningServe, blocks: int, block_s: float, seed: int
     load = _Load(running.url)
     load.tasks = [asyncio.create_task(load.run()) for _ in range(CLIENTS)]
     order, ratios = random.Random(seed), []
-    usage = {"off": _Cpu(), "observe": _Cpu()}
+    usage = {"off": CpuUsage(), "observe": CpuUsage()}
     for pair in range(blocks):
         rates = {}
         for mode in order.sample(["off", "observe"], 2):
             await asyncio.to_thread(_set_mode, running, mode)
             await asyncio.sleep(SETTLE_WALL_S)
-            tokens, start_s, before = load.tokens, time.monotonic(), _cpu_seconds()
+            tokens, start_s, before = load.tokens, time.monotonic(), cpu_seconds()
             await asyncio.sleep(block_s)
             elapsed_s = time.monotonic() - start_s
             rates[mode] = (load.tokens - tokens) / elapsed_s
-            usage[mode].add(before, _cpu_seconds(), elapsed_s)
+            usage[mode].add(before, cpu_seconds(), elapsed_s)
         ratios.append(rates["observe"] / rates["off"])
         print(
             f"pair {pair + 1:>3}: off {rates['off']:8.1f} tokens/s, observe "
@@ -182,7 +187,7 @@ def _set_mode(running: RunningServe, mode: str) -> None:
 
 
 @dataclass(slots=True)
-class _Cpu:
+class CpuUsage:
     """CPU time by kind of process."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -199,7 +204,7 @@ class _Cpu:
         return ", ".join(f"{name} {s / self.elapsed_s:.1%}" for name, s in shares if s > 0)
 
 
-def _cpu_seconds() -> dict[int, tuple[str, float]]:
+def cpu_seconds() -> dict[int, tuple[str, float]]:
     """CPU seconds of every Ray worker process of this user, by process id."""
     return dict(_ray_processes())
 
@@ -219,11 +224,9 @@ def _ray_processes() -> Iterator[tuple[int, tuple[str, float]]]:
             yield int(entry.name), (name, (int(fields[11]) + int(fields[12])) / ticks)
 
 
-def _summarise(ratios: list[float], seed: int) -> None:
+def median_interval(values: Sequence[float], *, seed: int) -> tuple[float, float, float]:
+    """The median and the bounds of its 95 % bootstrap percentile interval."""
     rng = np.random.default_rng(seed)
-    samples = rng.choice(ratios, (BOOTSTRAP_SAMPLES, len(ratios)))
+    samples = rng.choice(values, (BOOTSTRAP_SAMPLES, len(values)))
     low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
-    print(
-        f"throughput with tuner / without: median {statistics.median(ratios):.4f}, "
-        f"95 % interval {low:.4f} to {high:.4f} ({len(ratios)} pairs, seed {seed})"
-    )
+    return statistics.median(values), float(low), float(high)

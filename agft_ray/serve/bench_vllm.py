@@ -1,0 +1,205 @@
+"""What a tuner costs a real vLLM engine, on the CPU: `agft-ray bench vllm`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+
+from agft_ray.errors import AgftError
+from agft_ray.evaluation.bench import versions
+from agft_ray.serve.bench import WINDOW_WALL_S, CpuUsage, cpu_seconds, median_interval, say
+from agft_ray.serve.bench_vllm_engine import BENCH, CLIENTS, SIDES, Block
+from agft_ray.serve.local_cluster import free_port, serve_run
+
+WARM_UP_S = 1.5
+"""Load on a block's engine before it is measured: an idle tuner has taken up its work by then."""
+SETTLE_S = 4.0
+"""After a tuner has come or gone: Ray starts and ends processes then."""
+MIN_TOKENS_RATIO, MAX_TTFT_RATIO = 0.99, 1.01
+ANSWER_TIMEOUT_S = 60.0
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+}
+
+
+def bench_vllm(
+    model: Path, *, blocks: int = 20, block_s: float = 5.0, seed: int = 0, details: bool = True
+) -> int:
+    """vLLM with a tuner against vLLM without, two engines loaded in alternating blocks.
+
+    Each engine is in a replica of its own on a Ray cluster of the bench's own, and gets its load
+    from within the replica, so that nothing but engine and tuner is measured; the other idles. The
+    requests of a pair's blocks are the same. Prints every pair, then the medians of the pairs'
+    ratios with their intervals, and whether they are within the targets: tokens/s not below 0.99,
+    p99 TTFT not above 1.01, or 1 within the interval.
+
+    Args:
+        model: directory of a small model.
+        blocks: pairs of blocks.
+        block_s: wall seconds of a block that are measured.
+        seed: of the order within pairs, the requests and the bootstrap.
+        details: have the tuned engine time its steps (`enable_logging_iteration_details`), as it
+            should; without, what that costs can be told.
+
+    Raises `AgftError` for bad arguments, an engine that does not start and a tuner not at work.
+    """
+    _check(blocks, block_s)
+    print(
+        f"{versions()}, Ray {ray.__version__}, vLLM {importlib.metadata.version('vllm')}, "
+        f"{os.cpu_count()} CPUs, seed {seed}\n"
+        f"{CLIENTS} closed-loop clients, {blocks} pairs of blocks of {block_s:g} s, window "
+        f"{WINDOW_WALL_S:g} s, iteration details {'on' if details else 'off'}",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory(prefix="agft-bench-") as directory:
+        path = Path(directory) / "bench.yaml"
+        path.write_text(yaml.safe_dump(_config(model, details)))
+        log_path = Path(directory) / "serve.log"
+        with serve_run(path, None, log_path, environment=ENVIRONMENT, on_wait=say) as running:
+            bench = _Bench(running.url, block_s)
+            bench.run(blocks, seed)
+    bench.print_summary(seed)
+    return 0
+
+
+def _check(blocks: int, block_s: float) -> None:
+    if blocks < 1:
+        raise AgftError(f"--blocks: {blocks} is not a positive number of pairs of blocks")
+    if not block_s > 0:
+        raise AgftError(f"--block-s: {block_s:g} is not a positive number of seconds")
+
+
+def _config(model: Path, details: bool) -> dict[str, Any]:
+    """For `serve run`: one application a side."""
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": free_port()},
+        "applications": [
+            {
+                "name": f"{BENCH}-{side}",
+                "route_prefix": f"/{side}",
+                "import_path": "agft_ray.serve.bench_vllm_engine:build_replica",
+                "args": {"model": str(model.resolve()), "side": side, "details": details},
+            }
+            for side in SIDES
+        ],
+    }
+
+
+@dataclass(slots=True)
+class _Bench:
+    """The driver's side: asks for blocks, keeps them in pairs."""
+
+    url: str
+    block_s: float
+    pairs: list[dict[str, Block]] = field(default_factory=list)
+    usage: dict[str, CpuUsage] = field(default_factory=lambda: {side: CpuUsage() for side in SIDES})
+    windows: int = 0
+    clock_changes: int = 0
+
+    def run(self, pairs: int, seed: int) -> None:
+        order = random.Random(seed)
+        for side in SIDES:
+            say(f"warming up the engine {side} tuner")
+            self._measure(side, order.getrandbits(32))
+        say("")
+        for number in range(1, pairs + 1):
+            request_seed = order.getrandbits(32)
+            pair = {side: self._block(side, request_seed) for side in order.sample(SIDES, 2)}
+            self.pairs.append(pair)
+            for side in SIDES:
+                print(f"pair {number:>3}, {side:>7} tuner: {pair[side]}", flush=True)
+
+    def _block(self, side: str, seed: int) -> Block:
+        """Tuners are there in their own blocks only: they would take CPU time of the others'."""
+        status = self._ask(side, do="begin")["tuner"]
+        if side == "with":
+            refuse_idle_tuner(status)
+        time.sleep(SETTLE_S)
+        before, start_s = cpu_seconds(), time.monotonic()
+        answer = self._measure(side, seed)
+        self.usage[side].add(before, cpu_seconds(), time.monotonic() - start_s)
+        if side == "with":
+            self.windows += answer["tuner"]["windows"]
+            self.clock_changes += answer["tuner"]["clock_changes"]
+        self._ask(side, do="end")
+        return Block(**answer["block"])
+
+    def _measure(self, side: str, seed: int) -> dict[str, Any]:
+        return self._ask(side, do="measure", seed=seed, warm_up_s=WARM_UP_S, block_s=self.block_s)
+
+    def _ask(self, side: str, **asked: Any) -> dict[str, Any]:
+        request = urllib.request.Request(f"{self.url}/{side}", data=json.dumps(asked).encode())
+        timeout_s = WARM_UP_S + self.block_s + ANSWER_TIMEOUT_S
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                answer: dict[str, Any] = json.load(response)
+        except OSError as error:
+            raise AgftError(f"the engine {side} tuner has not answered: {error}") from None
+        return answer
+
+    def print_summary(self, seed: int) -> None:
+        for side in SIDES:
+            print(f"CPU by Ray process, blocks {side} tuner: {self.usage[side]}")
+        print(f"the tuners had {self.windows} windows and made {self.clock_changes} clock changes")
+        for line in summary(self.pairs, seed):
+            print(line)
+
+
+def refuse_idle_tuner(status: Mapping[str, Any] | None) -> None:
+    """Raises `AgftError` unless the tuner sets clocks: another's costs are not of interest."""
+    if status is None or status["state"] != "tuning":
+        raise AgftError(
+            f"the tuner has not come to work, so there is nothing to measure; its status: {status}"
+        )
+
+
+def summary(pairs: Sequence[Mapping[str, Block]], seed: int) -> list[str]:
+    """The lines that sum pairs of blocks up, each pair with the keys `SIDES`."""
+    lines = []
+    for side in SIDES:
+        blocks = [pair[side] for pair in pairs]
+        tokens_per_s = statistics.median(block.tokens_per_s for block in blocks)
+        p50_s, p99_s = (statistics.median(b.ttft_s(p) for b in blocks) for p in (0.5, 0.99))
+        lines.append(
+            f"median of the blocks {side} tuner: {tokens_per_s:.1f} tokens/s, "
+            f"TTFT p50 {p50_s * 1e3:.1f} ms, p99 {p99_s * 1e3:.1f} ms"
+        )
+    tokens = [pair["with"].tokens_per_s / pair["without"].tokens_per_s for pair in pairs]
+    ttft = [pair["with"].ttft_s(0.99) / pair["without"].ttft_s(0.99) for pair in pairs]
+    lines.append(_verdict("tokens/s", tokens, seed, lambda median: median >= MIN_TOKENS_RATIO))
+    lines.append(_verdict("p99 TTFT", ttft, seed, lambda median: median <= MAX_TTFT_RATIO))
+    return lines
+
+
+def _verdict(
+    what: str, ratios: Sequence[float], seed: int, is_fine: Callable[[float], bool]
+) -> str:
+    median, low, high = median_interval(ratios, seed=seed)
+    if is_fine(median):
+        verdict = "the target holds"
+    elif low <= 1 <= high:
+        verdict = "the target holds, 1 is within the interval"
+    else:
+        verdict = "the target is missed"
+    return (
+        f"{what} with / without: median {median:.4f}, 95 % interval {low:.4f} to {high:.4f} "
+        f"({len(ratios)} pairs); {verdict}"
+    )
