@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ import pytest
 DATA = Path(os.environ.get("AGFT_RAY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 NO_VLLM = "vLLM is not installed: `make vllm` installs it, and says why if it cannot"
+
+
+def pytest_configure():
+    """Ctrl-C can be tested: shells start what they run in the background with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
