@@ -197,7 +197,7 @@ class GpuProfile(StrictModel):
         values = self.model_dump()
         if not _replace(values, path, value):
             raise ConfigError(source, [f"{path}: names no number of this profile"])
-        return _checked(values, source)
+        return parse_gpu_profile(values, source)
 
 
 def bundled_profiles() -> tuple[str, ...]:
@@ -215,10 +215,11 @@ def load_gpu_profile(name_or_path: str | Path) -> GpuProfile:
         if str(name_or_path) not in bundled_profiles():
             raise ConfigError("GPU profile", [_unknown_profile(str(name_or_path))])
         path = _BUNDLED / f"{name_or_path}.yaml"
-    return _checked(load_yaml(path), str(path))
+    return parse_gpu_profile(load_yaml(path), str(path))
 
 
-def _checked(values: object, source: str) -> GpuProfile:
+def parse_gpu_profile(values: object, source: str) -> GpuProfile:
+    """Values as a profile's file holds them; raises `ConfigError` with every problem found."""
     profile = parse(GpuProfile, values, source=source)
     if problems := list(_crossed_values(profile)):
         raise ConfigError(source, problems)
