@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from agft_ray import __version__
 from agft_ray.actors import status_command
 from agft_ray.errors import AgftError
-from agft_ray.evaluation import fetch_data, workload_options
+from agft_ray.evaluation import calibrate_command, fetch_data, workload_options
 from agft_ray.gpu import commands as gpu_commands
 from agft_ray.types import Request
 
@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu_commands.add_commands(commands)
     status_command.add_command(commands)
     fetch_data.add_command(commands)
+    calibrate_command.add_command(commands)
     return parser
 
 

@@ -27,6 +27,19 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
+def data_file():
+    """The path of a file of measurements in DATA; skips the test where it is absent."""
+
+    def path_of(name):
+        path = DATA / name
+        if not path.exists():
+            pytest.skip(f"no measurements at {path}; set AGFT_RAY_DATA to the folder they are in")
+        return path
+
+    return path_of
+
+
+@pytest.fixture(scope="session")
 def conversation_trace():
     """The Azure 2023 conversation trace (github.com/Azure/AzurePublicDataset, CC-BY 4.0)."""
     path = DATA / "traces" / "azure2023_conv.csv"

@@ -28,6 +28,7 @@ _P95_SCORE = 1.6448536269514722
 class _Point(NamedTuple):
     sm_clock_mhz: int
     power_w: float
+    """Of all GPUs of the group."""
     step_s: float
     """How long the whole step would take here; infinite when idle."""
 
@@ -57,6 +58,8 @@ _STATE_FIELDS = tuple(f.name for f in fields(_State))
 
 class Device:
     """One GPU running one LLM engine's steps; integrates its energy exactly, segment by segment.
+
+    The GPUs of a tensor-parallel group are one device: their power and energy added up, one clock.
 
     Every method takes the time in seconds. The device never moves past the end of a running step
     by itself: an engine that is late in wall time begins its next step exactly there. Only when
@@ -177,6 +180,7 @@ class Device:
         s, point = self._state, self._point()
         noise = random.Random(f"{s.seed}:{t_s!r}").gauss(0.0, self.profile.power_noise)
         temperature = self.profile.temperature
+        gpu_w = point.power_w / self._model.tensor_parallel
         return GpuSample(
             t_s=max(t_s, s.t_s),
             power_w=point.power_w * (1.0 + noise),
@@ -185,7 +189,7 @@ class Device:
             sm_clock_mhz=point.sm_clock_mhz,
             locked=s.locked_sm_clock_mhz,
             event_reasons=self._event_reasons(point),
-            temperature_c=temperature.zero_power_c + temperature.rise_c_per_w * point.power_w,
+            temperature_c=temperature.zero_power_c + temperature.rise_c_per_w * gpu_w,
         )
 
     def _event_reasons(self, point: _Point) -> EventReason:
@@ -275,7 +279,7 @@ class Device:
 
     def _idle_point(self, clock: int) -> _Point:
         if clock not in self._idle:
-            power_w = idle_power_w(self.profile.power, clock)
+            power_w = idle_power_w(self.profile.power, clock) * self._model.tensor_parallel
             self._idle[clock] = _Point(clock, power_w, math.inf)
         return self._idle[clock]
 
@@ -296,4 +300,5 @@ class Device:
 
     def _under_cap(self, work: StepWork, target: int) -> tuple[int, float]:
         clock = effective_sm_clock_mhz(self.profile, self._model, work, target)
-        return clock, busy_power_w(self.profile, self._model, work, clock)
+        power_w = busy_power_w(self.profile, self._model, work, clock)
+        return clock, power_w * self._model.tensor_parallel

@@ -9,7 +9,13 @@ import bisect
 import math
 from dataclasses import dataclass
 
-from agft_ray.simulation.profiles import ActivityDecode, GpuProfile, ModelProfile, PowerProfile
+from agft_ray.simulation.profiles import (
+    ActivityDecode,
+    BandwidthDecode,
+    GpuProfile,
+    ModelProfile,
+    PowerProfile,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +60,20 @@ def idle_power_w(power: PowerProfile, sm_clock_mhz: float) -> float:
 def busy_power_w(
     gpu: GpuProfile, model: ModelProfile, work: StepWork, sm_clock_mhz: float
 ) -> float:
-    """Power during a step at a clock, before the power cap.
+    """Power of one GPU during a step at a clock, before the power cap.
 
     A step with prefill has full activity, `idle + base + clock v^2 f`. A decode step has less of
-    it, by batch size, or follows the memory bandwidth it achieves at this clock, by profile.
+    it, by batch size, or follows the rates it achieves at this clock, by profile.
     """
     power = gpu.power
     if work.prefill_tokens:
-        return _activity_power_w(power, 1.0, sm_clock_mhz)
-    if isinstance(power.decode, ActivityDecode):
-        return _activity_power_w(
-            power, decode_activity(power.decode, work.decode_sequences), sm_clock_mhz
-        )
-    return _bandwidth_power_w(gpu, model, work, sm_clock_mhz)
+        above_idle_w = _activity_w(power, 1.0, sm_clock_mhz)
+    elif isinstance(power.decode, ActivityDecode):
+        activity = decode_activity(power.decode, work.decode_sequences)
+        above_idle_w = _activity_w(power, activity, sm_clock_mhz)
+    else:
+        above_idle_w = _achieved_w(power, power.decode, model, work, sm_clock_mhz)
+    return idle_power_w(power, sm_clock_mhz) + model.above_idle_share * above_idle_w
 
 
 def decode_activity(decode: ActivityDecode, sequences: int) -> float:
@@ -74,41 +81,41 @@ def decode_activity(decode: ActivityDecode, sequences: int) -> float:
     return decode.single + (1.0 - decode.single) * (1.0 - math.exp(-sequences / decode.batch_scale))
 
 
-def _activity_power_w(power: PowerProfile, activity: float, sm_clock_mhz: float) -> float:
+def _activity_w(power: PowerProfile, activity: float, sm_clock_mhz: float) -> float:
     v = voltage(power, sm_clock_mhz)
     clock_w = power.busy_clock_w * v * v * sm_clock_mhz / power.reference_sm_clock_mhz
-    return idle_power_w(power, sm_clock_mhz) + activity * (power.busy_base_w + clock_w)
+    return activity * (power.busy_base_w + clock_w)
 
 
-def _bandwidth_power_w(
-    gpu: GpuProfile, model: ModelProfile, work: StepWork, sm_clock_mhz: float
+def _achieved_w(
+    power: PowerProfile,
+    decode: BandwidthDecode,
+    model: ModelProfile,
+    work: StepWork,
+    sm_clock_mhz: float,
 ) -> float:
-    power, decode = gpu.power, gpu.power.decode
-    assert not isinstance(decode, ActivityDecode)
-    tb_s = _bytes_read(model, work) / step_time_s(model, work, sm_clock_mhz) / 1e12
-    full_mhz = power.reference_sm_clock_mhz
-    above_idle_w = decode.base_w + decode.watts_per_tb_s * tb_s - idle_power_w(power, full_mhz)
-    v = voltage(power, sm_clock_mhz) / voltage(power, full_mhz)
+    gpu_s = step_time_s(model, work, sm_clock_mhz) * model.tensor_parallel
+    tb_s = (model.weights_bytes + model.kv_bytes_per_token * work.context_tokens) / gpu_s / 1e12
+    parameters = model.weights_bytes / model.bytes_per_parameter
+    tflop_s = 2.0 * parameters * work.decode_sequences / gpu_s / 1e12
+    full_w = decode.base_w + decode.watts_per_tb_s * tb_s + decode.watts_per_tflop_s * tflop_s
+    v = voltage(power, sm_clock_mhz) / voltage(power, power.reference_sm_clock_mhz)
     scale = decode.core_share * v * v + 1.0 - decode.core_share
-    return idle_power_w(power, sm_clock_mhz) + scale * above_idle_w
-
-
-def _bytes_read(model: ModelProfile, work: StepWork) -> int:
-    return model.weights_bytes + model.kv_bytes_per_token * work.context_tokens
+    return scale * (full_w - idle_power_w(power, power.reference_sm_clock_mhz))
 
 
 def step_time_s(model: ModelProfile, work: StepWork, sm_clock_mhz: float) -> float:
     """Duration of a step at a clock: `host + dense(N) g(f)/g(f_ref) + attention`.
 
-    `dense(N) = (weights^q + (token N)^q)^(1/q)` for N tokens; `g(f) = (1 + (r f_ref/f)^p)^(1/p)`
-    with `r = max(token N / weights, issue_share)`: compute-bound steps slow down as 1/f, small
-    ones hardly until r f_ref/f nears 1. Decode attention is memory-bound and does not depend on
-    the clock; prefill attention goes as 1/f.
+    `dense(N) = (weights^q + (token N)^q)^(1/q) + head` for N tokens;
+    `g(f) = (1 + (r f_ref/f)^p)^(1/p)` with `r = max(token N / weights, issue_share)`:
+    compute-bound steps slow down as 1/f, small ones hardly until r f_ref/f nears 1. Decode
+    attention is memory-bound and does not depend on the clock; prefill attention goes as 1/f.
     """
     slowdown = model.reference_sm_clock_mhz / sm_clock_mhz
     compute_ms = model.token_ms * work.tokens
     q, p = model.dense_exponent, model.clock_exponent
-    dense_ms = (model.weights_ms**q + compute_ms**q) ** (1.0 / q)
+    dense_ms = (model.weights_ms**q + compute_ms**q) ** (1.0 / q) + model.head_ms
     r = max(compute_ms / model.weights_ms, model.issue_share)
     stretch = ((1.0 + (r * slowdown) ** p) / (1.0 + r**p)) ** (1.0 / p)
     fixed_ms = model.host_ms + _decode_attention_ms(model, work)

@@ -40,13 +40,22 @@ class AttentionProfile(StrictModel):
 
 
 class ModelProfile(StrictModel):
-    """One LLM on one GPU: step times, and what its weights and KV cache take."""
+    """One LLM on one GPU or tensor-parallel group: step times, and what it takes of memory.
 
+    Sizes and times are the whole group's; what its all-reduces cost is part of the times.
+    """
+
+    tensor_parallel: Count = 1
+    """GPUs that share every step evenly, at one clock."""
     layers: Count
     weights_bytes: Count
+    bytes_per_parameter: Positive = 2.0
+    """Of the weights; gives the FLOPs per token, 2 a parameter."""
     kv_bytes_per_token: Count
     kv_blocks: Count
     """How many KV blocks of 16 tokens fit beside the weights."""
+    above_idle_share: Positive = 1.0
+    """Power above idle in this model's steps, relative to the GPU's formulas."""
     reference_sm_clock_mhz: Count
     """The SM clock at which the times below hold."""
     host_ms: NonNegative
@@ -56,6 +65,8 @@ class ModelProfile(StrictModel):
     token_ms: Positive
     """Computing one more token in a large step."""
     dense_exponent: Positive
+    head_ms: NonNegative = 0.0
+    """LM head and sampling, where the dense times do not include them."""
     issue_share: Share
     """Share of the weight-reading time that is limited by the SM clock."""
     clock_exponent: Positive
@@ -72,7 +83,8 @@ class ActivityDecode(StrictModel):
 
 
 class BandwidthDecode(StrictModel):
-    """Decode power by achieved memory bandwidth: `base_w + watts_per_tb_s * TB/s` at full clock.
+    """Decode power by the rates that one GPU achieves, at full clock:
+    `base_w + watts_per_tb_s * TB/s + watts_per_tflop_s * TFLOP/s`.
 
     Of the part above idle, `core_share` falls with the square of the voltage.
     """
@@ -80,11 +92,14 @@ class BandwidthDecode(StrictModel):
     form: Literal["bandwidth"]
     base_w: NonNegative
     watts_per_tb_s: NonNegative
+    """Per TB of weights and KV cache read in a second."""
+    watts_per_tflop_s: NonNegative = 0.0
+    """Per 10^12 FLOPs in a second, of 2 a parameter and sequence."""
     core_share: Share
 
 
 class PowerProfile(StrictModel):
-    """Coefficients of the power formulas in `physics`, relative to a reference SM clock."""
+    """Coefficients of the power formulas in `physics`: one GPU's, relative to a reference clock."""
 
     cap_w: Positive
     reference_sm_clock_mhz: Count
@@ -172,6 +187,18 @@ class GpuProfile(StrictModel):
             )
         return self.models[model]
 
+    def with_value(self, path: str, value: float) -> GpuProfile:
+        """This profile with one number changed, such as `governor.idle_sm_clock_mhz`.
+
+        Raises `ConfigError` if there is no such number, or if the new one is invalid, crosses
+        others, or lies outside its entry in `ranges`.
+        """
+        source = f"GPU profile {self.name}"
+        values = self.model_dump()
+        if not _replace(values, path, value):
+            raise ConfigError(source, [f"{path}: names no number of this profile"])
+        return parse_gpu_profile(values, source)
+
 
 def bundled_profiles() -> tuple[str, ...]:
     """The names of the profiles that come with the package."""
@@ -188,9 +215,14 @@ def load_gpu_profile(name_or_path: str | Path) -> GpuProfile:
         if str(name_or_path) not in bundled_profiles():
             raise ConfigError("GPU profile", [_unknown_profile(str(name_or_path))])
         path = _BUNDLED / f"{name_or_path}.yaml"
-    profile = parse(GpuProfile, load_yaml(path), source=str(path))
+    return parse_gpu_profile(load_yaml(path), str(path))
+
+
+def parse_gpu_profile(values: object, source: str) -> GpuProfile:
+    """Values as a profile's file holds them; raises `ConfigError` with every problem found."""
+    profile = parse(GpuProfile, values, source=source)
     if problems := list(_crossed_values(profile)):
-        raise ConfigError(str(path), problems)
+        raise ConfigError(source, problems)
     return profile
 
 
@@ -261,3 +293,16 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _replace(values: dict[str, Any], path: str, value: float) -> bool:
+    """Set the number at a dotted path, whose keys may hold dots as well; False if there is none."""
+    for key, old in values.items():
+        if isinstance(old, dict) and path.startswith(f"{key}."):
+            if _replace(old, path.removeprefix(f"{key}."), value):
+                return True
+        elif key == path and isinstance(old, int | float):
+            whole = isinstance(old, int) and float(value).is_integer()
+            values[key] = int(value) if whole else value
+            return True
+    return False

@@ -54,7 +54,7 @@ def test_validate_names_all_problems_by_their_place(edited, capsys):
     for words in (
         "applications.0.args.speeed: unknown setting; did you mean 'speed'?",
         "applications.0.args.num_replicas: input should be greater than or equal to 1, got 0",
-        "no profile named 'rtx_9999', choose one of: a100_sxm_80gb, rtx_a6000",
+        "no profile named 'rtx_9999', choose one of: a100_sxm_80gb, h100_sxm_80gb, rtx_a6000",
         "applications.0.deployments.0.user_config.slo.tpot_s",
         "applications.0.deployments.0.user_config.min_sm_clock_mhz",
         "http_options.port",

@@ -182,3 +182,19 @@ def test_temperature_follows_power():
     dev.lock(0.0, 1275)
     dev.begin_step(1.0, StepWork(900, 254, 136_000, 0.0))
     assert dev.read(1.01).temperature_c == pytest.approx(59.7 + 0.0813 * 201.9, abs=0.1)
+
+
+def test_a_tensor_parallel_group_draws_the_power_of_all_its_gpus():
+    gpu = load_gpu_profile("h100_sxm_80gb")
+    model = gpu.model_profile("llama-3.1-70b-tp4")
+    work = StepWork(0, 16, 8000)
+    device = Device(gpu, model)
+    device.begin_step(0.0, work)
+    end_s = device.finish_step()
+    assert end_s == pytest.approx(step_time_s(model, work, 1980))
+    busy_j = 4 * busy_power_w(gpu, model, work, 1980) * end_s
+    assert device.energy_j == pytest.approx(busy_j)
+    device.advance(end_s + 1.0)
+    assert device.energy_j == pytest.approx(busy_j + 4 * idle_power_w(gpu.power, 1980))
+    temperature_c = device.read(end_s + 1.0).temperature_c
+    assert temperature_c == pytest.approx(30 + 0.06 * idle_power_w(gpu.power, 1980))

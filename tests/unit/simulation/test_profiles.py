@@ -8,7 +8,13 @@ from agft_ray.errors import ConfigError, GpuArgumentError
 from agft_ray.simulation import profiles
 from agft_ray.simulation.profiles import bundled_profiles, load_gpu_profile
 
-LIMITS = {"rtx_a6000": (210, 2100, 127, 0.768e12), "a100_sxm_80gb": (210, 1410, 81, 2.039e12)}
+LIMITS = {
+    "rtx_a6000": (210, 2100, 127, 0.768e12, 48),
+    "a100_sxm_80gb": (210, 1410, 81, 2.039e12, 80),
+    "h100_sxm_80gb": (345, 1980, 110, 3.35e12, 80),
+    "rtx_pro_6000": (180, 2790, 175, 1.792e12, 96),
+}
+MODELS = [(name, model) for name in LIMITS for model in load_gpu_profile(name).models]
 
 
 @pytest.fixture
@@ -24,30 +30,31 @@ def write(tmp_path, values):
 
 
 def test_bundled_profiles_are_the_documented_ones():
-    assert bundled_profiles() == ("a100_sxm_80gb", "rtx_a6000")
+    assert bundled_profiles() == tuple(sorted(LIMITS))
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_supported_clocks(name):
-    low, high, count, _ = LIMITS[name]
+    low, high, count, *_ = LIMITS[name]
     clocks = load_gpu_profile(name).supported_sm_clocks_mhz
     assert (clocks[0], clocks[-1], len(clocks)) == (low, high, count)
     assert {b - a for a, b in itertools.pairwise(clocks)} == {15}
 
 
-@pytest.mark.parametrize("name", LIMITS)
-def test_decode_attention_reads_the_kv_cache_at_86_percent_of_peak_bandwidth(name):
-    model = load_gpu_profile(name).model_profile("llama-3.1-8b")
-    per_layer = model.kv_bytes_per_token / model.layers
-    expected_us = per_layer / (0.86 * LIMITS[name][3]) * 1e6
+@pytest.mark.parametrize(("name", "model"), MODELS)
+def test_decode_attention_reads_the_kv_cache_at_a_share_of_peak_bandwidth(name, model):
+    model = load_gpu_profile(name).model_profile(model)
+    per_layer = model.kv_bytes_per_token / model.layers / model.tensor_parallel
+    share, mixed = (0.80, 1.68) if name == "rtx_pro_6000" else (0.86, 1.9)  # measured there
+    expected_us = per_layer / (share * LIMITS[name][3]) * 1e6
     assert model.attention.decode_context_us == pytest.approx(expected_us, rel=2e-3)
-    assert model.attention.mixed_context_us == pytest.approx(1.9 * expected_us, rel=2e-3)
+    assert model.attention.mixed_context_us == pytest.approx(mixed * expected_us, rel=2e-3)
 
 
-@pytest.mark.parametrize("name", LIMITS)
-def test_kv_cache_and_weights_fit_the_memory(name):
-    model = load_gpu_profile(name).model_profile("llama-3.1-8b")
-    memory = {"rtx_a6000": 48e9, "a100_sxm_80gb": 80e9}[name] * 1.0737 * 0.9
+@pytest.mark.parametrize(("name", "model"), MODELS)
+def test_kv_cache_and_weights_fit_the_memory(name, model):
+    model = load_gpu_profile(name).model_profile(model)
+    memory = LIMITS[name][4] * 1.0737e9 * 0.9 * model.tensor_parallel
     used = model.weights_bytes + model.kv_blocks * 16 * model.kv_bytes_per_token
     assert 0.93 * memory < used < memory
 
@@ -72,7 +79,7 @@ def test_a_clock_outside_the_range_is_refused_with_the_range(asked):
 
 
 def test_unknown_names_list_the_known():
-    with pytest.raises(ConfigError, match=r"'h900'.*a100_sxm_80gb, rtx_a6000"):
+    with pytest.raises(ConfigError, match=r"'h900'.*a100_sxm_80gb, h100_sxm_80gb, rtx_a6000"):
         load_gpu_profile("h900")
     with pytest.raises(ConfigError, match=r"'gpt-5'.*llama-3\.1-8b"):
         load_gpu_profile("rtx_a6000").model_profile("gpt-5")
@@ -129,3 +136,38 @@ def test_bad_values_name_their_field(tmp_path, values, keys, value, field):
     with pytest.raises(ConfigError) as caught:
         load_gpu_profile(write(tmp_path, values))
     assert caught.value.problems[0].startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(("name", "end"), [*itertools.product(LIMITS, [0, 1])])
+def test_every_uncertain_number_can_take_both_ends_of_its_range(name, end):
+    profile = load_gpu_profile(name)
+    for path, interval in profile.ranges.items():
+        changed = profile.with_value(path, interval[end])
+        values = dict(profiles._flatten(changed.model_dump()))
+        assert values[path] == interval[end]
+        others = dict(profiles._flatten(profile.model_dump()))
+        assert {k for k in values if values[k] != others[k]} <= {path}
+        assert type(values[path]) is type(others[path])
+
+
+def test_with_value_leaves_the_profile_itself_alone():
+    profile = load_gpu_profile("rtx_a6000")
+    assert profile.with_value("governor.idle_sm_clock_mhz", 210.0).governor.idle_sm_clock_mhz == 210
+    assert profile.governor.idle_sm_clock_mhz == 1800
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("power.typo_w", 1, r"power\.typo_w: names no number"),
+        ("power.decode.form", 1, r"power\.decode\.form: names no number"),
+        ("models.llama-3.1-8b", 1, r"models\.llama-3\.1-8b: names no number"),
+        ("governor.idle_sm_clock_mhz", 211, "211 is not a supported clock"),
+        ("governor.idle_sm_clock_mhz", 210.5, "governor.idle_sm_clock_mhz: .*integer"),
+        ("models.llama-3.1-8b.issue_share", 0.5, r"\[0.62, 1\] does not contain .* 0.5"),
+        ("power.cap_w", float("inf"), "power.cap_w"),
+    ],
+)
+def test_with_value_refuses_what_the_file_could_not_say(path, value, message):
+    with pytest.raises(ConfigError, match=message):
+        load_gpu_profile("rtx_a6000").with_value(path, value)
