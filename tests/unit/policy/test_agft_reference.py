@@ -25,27 +25,38 @@ from agft_ray.policy.agft_reference_space import (
     refined_grid,
     statistical_anchor,
 )
+from agft_ray.types import Decision
 
 GRID = list(range(210, 2101, 90))
 WINDOW_S = 0.8
 
 
 class Loop:
-    """Windows one after another; EDP = `edp(clock)`, power 100 W."""
+    """Rounds one after another; power 100 W, `EDP = edp(clock)`."""
 
     def __init__(self, make_window, edp, seed=0, noise=0.0):
         self.policy, self.edp, self.make_window = AgftReferencePolicy(), edp, make_window
         self.rng, self.noise, self.t_s = np.random.default_rng(seed), noise, 0.0
-        self.arms, self.reasons, self.phases = [], [], []
+        self.arms, self.reasons, self.phases, self.windows = [], [], [], []
 
-    def run(self, windows):
-        for _ in range(windows):
+    def run(self, rounds):
+        """Choose a clock and hold it for as long as the policy does, so many times."""
+        for _ in range(rounds):
             decision = self.policy.select(CONTEXT, ARMS)
-            self.policy.update(outcome(self.window(decision.arm), decision.arm))
             self.arms.append(decision.arm)
             self.reasons.append(decision.reason)
+            self.windows.append(self.hold(decision.arm))
             self.phases.append(self.policy.status()["phase"])
         return self
+
+    def hold(self, arm):
+        """The number of windows until the next choice."""
+        count, held = 0, Decision(arm, "hold")
+        while held.reason == "hold":
+            assert held.arm == arm
+            self.policy.update(outcome(self.window(arm), arm))
+            held, count = self.policy.select(CONTEXT, ARMS), count + 1
+        return count
 
     def window(self, arm):
         start_s, self.t_s = self.t_s, self.t_s + WINDOW_S
@@ -154,19 +165,35 @@ def test_f3_relearning_flips_the_phase_and_changes_nothing_else(make_window):
     assert "sweep" not in loop.reasons[-50:]
 
 
-def test_f8_empty_windows_between_train_zero_and_look_excellent(make_window):
+def test_f8_empty_windows_train_zero_and_look_excellent(make_window):
     loop = Loop(make_window, flat).run(15)
     arm = choice(loop.policy)
     loop.t_s += 1.6 + 0.3  # two windows that the loop did not hand over, and their settling
     loop.run(1)
-    assert loop.policy.state.arms[arm].edps == [0.0, 0.0, pytest.approx(4.0)]
-    assert loop.policy.state.arms[arm].reward_sum == pytest.approx(2 * (1 - 1 / 0.9))
-    loop.t_s += 100.0  # idle from the third one on: it does not learn
+    assert loop.windows[-1] == 2  # the empty ones were to settle and for the reward
+    assert loop.policy.state.arms[arm].edps == [0.0]
+    assert loop.policy.state.arms[arm].reward_sum == 0.0
+    assert loop.policy.state.rounds == 6
+
+
+def test_from_the_third_empty_window_on_it_is_idle_and_starts_with_a_new_context(make_window):
+    loop = Loop(make_window, flat).run(15)
+    seen = loop.policy.state.normaliser.count
+    loop.t_s += 100.0
     loop.run(1)
-    assert loop.policy.state.rounds == 5 + 3 + 3
-    loop.t_s += 0.3
+    assert loop.windows[-1] == 1
+    assert loop.policy.state.rounds == 6
+    assert loop.policy.state.normaliser.count == seen + 1
+    loop.t_s += 0.5  # a change of the clock, no window
     loop.run(1)
-    assert loop.policy.state.rounds == 5 + 3 + 3 + 1
+    assert loop.windows[-1] == 4
+
+
+def test_a_round_takes_four_windows_while_learning_and_three_while_exploiting(make_window):
+    loop = Loop(make_window, flat).run(30)
+    assert loop.windows == [1] * 10 + [4] * 20
+    loop.policy.state.exploiting = True
+    assert loop.run(5).windows[-5:] == [3] * 5
 
 
 def test_f15_the_objective_knows_nothing_of_ttft(make_window):
@@ -192,13 +219,22 @@ def test_the_reward_is_relative_to_nine_tenths_of_the_first_ten_windows(make_win
     assert loop.policy.state.arms[2100].mean_reward == pytest.approx(2 * (1 - 2.0 / 3.6))
 
 
-def test_the_context_of_an_update_is_the_window_before(make_window):
+def test_the_context_of_a_reward_is_the_window_before_the_choice(make_window):
     loop = Loop(make_window, flat).run(12)
     before = list(loop.policy.state.context)
     arm = choice(loop.policy)
     loop.run(1)
+    assert loop.policy.state.context != before
     gram = np.array(loop.policy.state.arms[arm].gram)
     np.testing.assert_allclose(gram, 5 * np.eye(7) + np.outer(before, before))
+
+
+def test_only_the_second_window_of_a_round_is_the_reward(make_window):
+    loop = Loop(make_window, flat).run(10)
+    for edp in (1.0, 2.0, 3.0, 5.0):
+        loop.edp = lambda arm, edp=edp: edp
+        loop.policy.update(outcome(loop.window(2100), 2100))
+    assert loop.policy.state.arms[2100].edps == [pytest.approx(2.0)]
 
 
 def test_convergence_counts_choices_whatever_they_brought(make_window):
@@ -226,9 +262,11 @@ def test_the_space_is_replaced_after_80_learning_rounds(make_window):
 
 def test_windows_at_default_clocks_later_on_teach_no_arm(make_window):
     loop = Loop(make_window, valley).run(40)
-    rounds = loop.policy.state.rounds
+    rounds, arm = loop.policy.state.rounds, choice(loop.policy)
+    loop.policy.update(outcome(loop.window(arm), arm))
     loop.policy.update(outcome(loop.window(None), None))
     assert loop.policy.state.rounds == rounds
+    assert loop.run(1).windows[-1] == 4  # the round began anew
     assert len(loop.policy.state.baseline_edps) == 10
 
 
