@@ -90,3 +90,10 @@ def test_a_model_of_another_shape_is_refused_and_changes_nothing(make_window):
     with pytest.raises(ValueError, match="shapes"):
         policy.restore(broken)
     assert json.dumps(policy.snapshot()) == before
+
+
+def test_what_was_seen_at_one_clock_only_is_taken_to_go_as_its_inverse(make_window):
+    policy = PredictivePolicy(PredictiveConfig(tpot_slo_s=0.05, max_step=0.6))
+    for _ in range(10):
+        policy.update(outcome(at(make_window, 0.022), 2100))
+    assert choice(policy) == pytest.approx(2100 * 0.022 / 0.045, rel=0.05)  # not 840
