@@ -68,6 +68,7 @@ class TunerLink:
         self._confirmed_version = -1
         self._is_configured = False
         self._refusal = self._config_error = self._gpu_lost = ""
+        self._gpu_has_worked = False
         self._check(config)
         self._wake = asyncio.Event()
         self._probed = asyncio.Event()
@@ -90,12 +91,12 @@ class TunerLink:
         await self._probed.wait()
 
     def check_health(self) -> None:
-        """Raise `GpuLostError` if the tuner has found the GPU lost, and the engine with it.
+        """Raise `GpuLostError` if a GPU that the tuner had opened is lost, and the engine with it.
 
         To be called from the deployment's `check_health`. Nothing else that happens to a tuner is
         a reason to replace a replica: its clocks are default then, and it serves.
         """
-        if self._gpu_lost:
+        if self._gpu_lost and self._gpu_has_worked:
             raise GpuLostError(self._gpu_lost)
 
     def wake(self) -> None:
@@ -191,6 +192,7 @@ class TunerLink:
                 await self._push()
             except Exception as error:
                 log.warning("the tuner of replica %s is away: %r", self.replica, error)
+                self._confirmed_version = -1  # what comes back is a new one
                 await asyncio.sleep(RETRY_S)
             due_s = max(due_s + PUSH_INTERVAL_S, time.monotonic())
             with contextlib.suppress(TimeoutError):
@@ -212,6 +214,7 @@ class TunerLink:
         reply: TunerReply = await self._tuner.observe.remote(push)
         self.role, self._confirmed_version = reply.role, reply.config_version
         self._config_error, self._gpu_lost = reply.config_error, reply.gpu_lost
+        self._gpu_has_worked = self._gpu_has_worked or reply.gpu_works
 
 
 def attach_tuner(
@@ -264,7 +267,6 @@ def attach_tuner(
                 replica=context.replica_id.unique_id,
                 gpu=own,
                 engine=EngineIdentity(engine_model, tensor_parallel, role, quantisation),
-                config=_within(settings, observe_only),
                 elsewhere=elsewhere,
                 problem=problem,
             )
