@@ -68,7 +68,9 @@ class TunerLoop:
         """CPU time of the thread."""
         self._spec, self._engine, self._serve, self._on_record = spec, engine, serve, on_record
         self._leased: LeasedGpu | None = None
-        self._heard_s = time.monotonic()
+        self._heard_s = self._looked_s = time.monotonic()
+        """When the replica last said something, and when the thread last looked whether it did."""
+        self._silence_s = 0.0
         self._publishing = threading.Lock()
         """Held while the tuner is published, and while news find out whom to tell."""
         self._has_config, self._wake = threading.Event(), threading.Event()
@@ -203,15 +205,24 @@ class TunerLoop:
         this thread to see that the replica does."""
         self._beat()
         while (delay_s := (wake_s - self.clock.now_s()) / self.clock.speed) > 0:
-            if self._wake.wait(min(delay_s, BEAT_S)) or self._falls_silent(tuner):
+            woken = self._wake.wait(min(delay_s, BEAT_S))
+            if self._falls_silent(tuner) or woken:
                 break
             self._beat()
         self._wake.clear()
 
     def _falls_silent(self, tuner: Tuner) -> bool:
-        """Whether the replica has just become one that hangs; tells the tuner whether it is one."""
-        was_cut_off = tuner.is_cut_off
-        tuner.is_cut_off = time.monotonic() - self._heard_s > REPLICA_SILENCE_S
+        """Whether the replica has just become one that hangs; tells the tuner whether it is one.
+
+        Time that passes between two looks counts as two naps at most: if this process has been
+        stopped, that says nothing about the replica.
+        """
+        heard_s, now_s = self._heard_s, time.monotonic()
+        if heard_s > self._looked_s:
+            self._silence_s, self._looked_s = 0.0, heard_s
+        self._silence_s += min(now_s - self._looked_s, 2 * BEAT_S)
+        self._looked_s = now_s
+        was_cut_off, tuner.is_cut_off = tuner.is_cut_off, self._silence_s > REPLICA_SILENCE_S
         return tuner.is_cut_off and not was_cut_off
 
     def _beat(self) -> None:

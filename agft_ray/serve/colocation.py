@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 2.0
 NO_GPU = "the replica has no GPU; give it one with num_gpus, or name some in gpu.uuids"
+PUSH_RETRY_S = 0.2
+"""Pause after a push that failed: a tuner that Ray has restarted waits for its settings, and what
+its predecessor has left locked with it, where the guard was killed as well."""
 RETRY_S = 1.0
 MAX_RETRY_S = 30.0
 
@@ -197,14 +200,17 @@ class TunerLink:
         return await asyncio.to_thread(probe_gpus, self._bundles)
 
     async def _push_forever(self) -> None:
-        due_s = time.monotonic()
+        due_s, is_away = time.monotonic(), False
         while True:
             try:
                 await self._push()
+                is_away = False
             except Exception as error:
-                log.warning("the tuner of replica %s is away: %r", self.replica, error)
+                if not is_away:
+                    log.warning("the tuner of replica %s is away: %r", self.replica, error)
+                is_away = True
                 self._confirmed_version = -1  # what comes back is a new one
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(PUSH_RETRY_S)
             due_s = max(due_s + PUSH_INTERVAL_S, time.monotonic())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), due_s - time.monotonic())

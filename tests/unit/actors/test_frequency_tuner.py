@@ -33,6 +33,8 @@ class FakeLeasedGpu:
         self.error = None
         self.may_open, self.is_opening = threading.Event(), threading.Event()
         self.may_open.set()
+        self.may_beat = threading.Event()
+        self.may_beat.set()
 
     @property
     def arms(self):
@@ -73,7 +75,7 @@ class FakeLeasedGpu:
         pass
 
     def beat(self):
-        pass
+        assert self.may_beat.wait(10)
 
     def _fail(self):
         if self.error is not None:
@@ -286,6 +288,28 @@ def test_clocks_are_reset_when_the_replica_falls_silent_however_long_the_window(
         assert tuner._windows < 10, "it spins"
         await replica.push(CONTROL, 2)
         await replica.push_until(lambda: gpu.locked == 900, "the lock again")
+
+    live(act)
+
+
+def test_a_thread_that_was_stopped_itself_does_not_take_its_replica_for_silent(
+    gpu, live, monkeypatch
+):
+    """As after SIGSTOP: its lease is lost by now, so it may not even reset before it has a new one.
+    Pushes come with the next turn of the event loop, which was stopped as well."""
+    monkeypatch.setattr(tuner_loop, "REPLICA_SILENCE_S", 0.5)
+    monkeypatch.setattr(tuner_loop, "BEAT_S", 0.05)
+
+    async def act(replica, tuner):
+        await replica.push(CONTROL, 0)
+        await replica.push_until(lambda: gpu.locked == 900, "the lock")
+        gpu.touched.clear()
+        gpu.may_beat.clear()
+        await asyncio.sleep(2)
+        gpu.may_beat.set()
+        await asyncio.sleep(0.1)
+        await replica.push_for(2)
+        assert "reset" not in gpu.touched
 
     live(act)
 

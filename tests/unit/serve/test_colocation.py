@@ -55,6 +55,7 @@ def context(monkeypatch):
     monkeypatch.setattr(colocation, "own_node_id", lambda: "here")
     monkeypatch.setattr(colocation, "own_gpu_amounts", lambda bundles: (1.0,))
     monkeypatch.setattr(colocation, "RETRY_S", 0.02)
+    monkeypatch.setattr(colocation, "PUSH_RETRY_S", 0.02)
     monkeypatch.setattr(colocation, "PUSH_INTERVAL_S", 0.01)
     return context
 
@@ -151,7 +152,7 @@ def test_gpus_that_cannot_be_told_leave_a_tuner_that_says_why(started, monkeypat
 # -- settings --------------------------------------------------------------------------------------
 
 
-def test_settings_go_to_the_tuner_once_and_again_after_any_push_that_fails(started):
+def test_settings_go_to_the_tuner_once_and_again_after_any_push_that_fails(started, caplog):
     async def act():
         tuner = started.tuner
         link = attach()
@@ -162,7 +163,8 @@ def test_settings_go_to_the_tuner_once_and_again_after_any_push_that_fails(start
         assert tuner.versions.count(0) == 1
         assert tuner.versions.count(1) == 1
         tuner.error = RayError("the tuner has died")
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
+        assert caplog.text.count("is away") == 1, "said once an outage"
         tuner.pushes.clear()
         tuner.error = None
         await until(lambda: tuner.pushes, "a push to the restarted tuner")
