@@ -125,9 +125,10 @@ def test_a_tuner_killed_while_it_observes(driver, gpu, holder):
 
     def observes():
         status = driver.call("tuner_status")
-        return status["tuner_pid"] != holder.tuner.pid and status["windows"] > 2 and status
+        is_new = status["tuner_pid"] != holder.tuner.pid and status["windows"] > 2
+        return is_new and status["state"] == "observing"
 
-    assert wait_until(observes, RECOVERY_S, "a successor")["state"] == "observing"
+    wait_until(observes, RECOVERY_S, "its successor observing")
     assert gpu.fake.log() == before
     assert gpu.is_untouched
 

@@ -93,7 +93,7 @@ class Victim:
         return {"locked_sm_clock_mhz": None, **status}
 
     async def tuner_status(self):
-        """As `status`; of pid None while there is no tuner that answers."""
+        """As `status`; without a PID while no tuner answers."""
         try:
             return await asyncio.wait_for(self.status(), 1)
         except (RayError, TimeoutError):
