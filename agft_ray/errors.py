@@ -55,6 +55,10 @@ class GpuArgumentError(GpuError):
     """The GPU does not offer the clock asked for."""
 
 
+class GpuUnavailableError(GpuError):
+    """No such GPU is visible to this process; it and the engine on it may well be in order."""
+
+
 class LeaseHeldError(GpuError):
     """Another living process has the right to set this GPU's clocks."""
 

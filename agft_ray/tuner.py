@@ -40,6 +40,7 @@ READINGS_PER_WINDOW = 8
 """GPU readings in a window: they place the energy counter in time and average the clock."""
 INTERRUPTED, WOKEN = "interrupted", "woken"
 """Why a window was cut short on purpose."""
+CUT_OFF = "the replica is silent"
 MAX_FAULTS = 5
 """Faults in a row after which the tuner stops for good; serving goes on at default clocks."""
 MIN_PAUSE_S = 2.0
@@ -91,6 +92,9 @@ class Tuner:
         self.policy = policy or build_policy(config.policy)
         self.holdout = False
         """Keep default clocks whatever the policy says, as the baseline of others."""
+        self.is_cut_off = False
+        """Whoever hands in the engine's statistics has fallen silent, and may hang: clocks are
+        reset at the loop's next step, however long its windows are, and stay at default."""
         self.state = "starting"
         self.fault = ""
         """The last fault, until a step has gone well."""
@@ -214,6 +218,8 @@ class Tuner:
         while (now_s := self.clock.now_s()) < end_s:
             if self._stopped or self._pending:
                 return None, INTERRUPTED
+            if self.is_cut_off and self.control.locked is not None:
+                return None, CUT_OFF
             if self.waits_for_work and not self._engine_is_idle():
                 return None, WOKEN
             yield min(now_s + config.window_s / READINGS_PER_WINDOW, end_s)
@@ -270,7 +276,7 @@ class Tuner:
         was_waiting = self.waits_for_work
         throttled = window is not None and bool(window.event_reasons & THROTTLED)
         self._count(window, throttled, note)
-        if self._blind >= self.config.stale_windows:
+        if self._blind >= self.config.stale_windows or self.is_cut_off:
             if throttled:
                 self._cooldown = self.config.cooldown_windows
             return self._rest("throttled" if throttled else "blind")

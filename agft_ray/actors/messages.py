@@ -22,7 +22,10 @@ class EngineIdentity:
 
 @dataclass(frozen=True, slots=True)
 class TunerSpec:
-    """All a tuner actor needs; it is handed over again when Ray restarts the actor."""
+    """What a tuner actor is made of; it is handed over again when Ray restarts the actor.
+
+    So its settings are not among it: they change, and come with the replica's first pushes.
+    """
 
     application: str
     deployment: str
@@ -30,7 +33,6 @@ class TunerSpec:
     gpu: GpuSpec
     """The GPUs on the replica's own node."""
     engine: EngineIdentity
-    config: TunerConfig
     elsewhere: tuple[tuple[str, GpuSpec], ...] = ()
     """Node ids and GPUs of an engine that spans nodes: read and set from here as well."""
 
@@ -62,11 +64,13 @@ class EnginePush:
 class TunerReply:
     """What a replica learns in return.
 
-    `role` is 'tuned' or 'holdout', `config_version` that of the settings in force, `config_error`
-    why the newest were refused, `gpu_lost` how the GPU was lost, or "".
+    `role` is 'tuned' or 'holdout', `config_version` that of the newest settings that have come, -1
+    if none have, `config_error` why they were refused, `gpu_works` whether this tuner has opened
+    the GPU, `gpu_lost` how the GPU was lost, or "".
     """
 
     role: str
     config_version: int
     config_error: str = ""
+    gpu_works: bool = False
     gpu_lost: str = ""

@@ -11,8 +11,9 @@ class Gpu(Protocol):
     """One GPU, or a tensor-parallel group that is locked and reset as one.
 
     Every method may raise a `GpuError`: `GpuPermissionError` and `GpuNotSupportedError` are
-    permanent, `GpuArgumentError` is about the clock asked for, `GpuLostError` means the device is
-    gone, `GpuTransientError` may be retried, `LeaseLostError` asks for a new `claim`.
+    permanent, `GpuArgumentError` is about the clock asked for, `GpuUnavailableError` means that
+    this process sees no such device, `GpuLostError` that it has seen it and it is gone,
+    `GpuTransientError` may be retried, `LeaseLostError` asks for a new `claim`.
     """
 
     @property

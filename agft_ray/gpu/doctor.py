@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from agft_ray.clock import WallClock
-from agft_ray.errors import GpuError, GpuLostError, GpuPermissionError, LeaseHeldError
+from agft_ray.errors import GpuError, GpuPermissionError, GpuUnavailableError, LeaseHeldError
 from agft_ray.gpu.doctor_findings import Findings, GpuFindings, NodeFindings, Privileges, Versions
 from agft_ray.gpu.gpu_config import ZeusdGpuConfig
 from agft_ray.gpu.identity import resolve
@@ -93,7 +93,7 @@ def _attempt(problems: list[str], act: Callable[[], T]) -> T | None:
 
 def _resolved(name: str, devices: Sequence[DeviceInfo]) -> str:
     if not devices:
-        raise GpuLostError(f"{name!r} is no GPU that this process can see")
+        raise GpuUnavailableError(f"{name!r} is no GPU that this process can see")
     return resolve([name], devices, pci_bus_order=True)[0]
 
 

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from agft_ray.errors import GpuLostError, GpuNotSupportedError
+from agft_ray.errors import GpuNotSupportedError, GpuUnavailableError
 
 
 class Device(Protocol):
@@ -69,8 +69,8 @@ def resolve(
         pci_bus_order: whether CUDA_DEVICE_ORDER is PCI_BUS_ID. CUDA otherwise numbers the fastest
             GPU first, which is NVML's order only if all GPUs are alike.
 
-    Raises `GpuLostError` for an id that names no GPU, `GpuNotSupportedError` for one that does not
-    name exactly one GPU, and for two that name the same.
+    Raises `GpuUnavailableError` for an id that names no GPU, `GpuNotSupportedError` for one that
+    does not name exactly one GPU, and for two that name the same.
     """
     uuids = tuple(_uuid_of(name, devices, pci_bus_order) for name in ids)
     if all(map(_is_mig, ids)):
@@ -106,14 +106,14 @@ def _mig_parent(name: str, devices: Sequence[Device]) -> str:
     for device in devices:
         if device.uuid and (name in device.mig_uuids or name.startswith(f"MIG-{device.uuid}/")):
             return device.uuid
-    raise GpuLostError(f"{name!r} is no MIG instance of this node's GPUs")
+    raise GpuUnavailableError(f"{name!r} is no MIG instance of this node's GPUs")
 
 
 def _by_uuid(name: str, devices: Sequence[Device]) -> str:
     known = [device.uuid for device in devices if device.uuid is not None]
     matches = [name] if name in known else [full for full in known if full.startswith(name)]
     if not matches:
-        raise GpuLostError(f"{name!r} is no GPU of this node, which has {_listed(known)}")
+        raise GpuUnavailableError(f"{name!r} is no GPU of this node, which has {_listed(known)}")
     if len(matches) > 1:
         raise GpuNotSupportedError(
             f"{name!r} may be any of {_listed(matches)}; write more of the UUID"
@@ -124,7 +124,7 @@ def _by_uuid(name: str, devices: Sequence[Device]) -> str:
 def _by_number(name: str, devices: Sequence[Device], pci_bus_order: bool) -> str:
     found = next((device for device in devices if device.index == int(name)), None)
     if found is None:
-        raise GpuLostError(f"{name!r} is no GPU of this node, which has {len(devices)}")
+        raise GpuUnavailableError(f"{name!r} is no GPU of this node, which has {len(devices)}")
     models = sorted({str(device.model) for device in devices})
     if found.uuid is None or any(device.uuid is None for device in devices):
         why = "some do not answer, and CUDA leaves those out"

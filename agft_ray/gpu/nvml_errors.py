@@ -9,6 +9,7 @@ from agft_ray.errors import (
     GpuNotSupportedError,
     GpuPermissionError,
     GpuTransientError,
+    GpuUnavailableError,
 )
 
 INVALID_ARGUMENT = 2
@@ -21,6 +22,11 @@ _NO_DRIVER = (
     "`nvidia-smi` must work there"
 )
 
+_NOT_VISIBLE = (
+    GpuUnavailableError,
+    "no such GPU is visible here; `nvidia-smi -L` lists those that are",
+)
+
 _ERRORS: dict[int, tuple[type[GpuError], str]] = {
     INVALID_ARGUMENT: (GpuArgumentError, "use values that this GPU lists as supported"),
     NOT_SUPPORTED: (GpuNotSupportedError, "`mode: observe` sets nothing"),
@@ -29,7 +35,7 @@ _ERRORS: dict[int, tuple[type[GpuError], str]] = {
         "run as root or with CAP_SYS_ADMIN in the container, or set clocks through zeusd's socket "
         "(`gpu: {kind: zeusd}`), or set none (`mode: observe`)",
     ),
-    NOT_FOUND: (GpuLostError, "no such GPU is visible here; `nvidia-smi -L` lists those that are"),
+    NOT_FOUND: _NOT_VISIBLE,
     9: (GpuNotSupportedError, _NO_DRIVER),
     12: (GpuNotSupportedError, _NO_DRIVER),
     FUNCTION_NOT_FOUND: (GpuNotSupportedError, "the driver lacks this function; upgrade it"),
@@ -48,7 +54,7 @@ _ERRORS: dict[int, tuple[type[GpuError], str]] = {
     # A call of another version than the driver knows: older ways may exist.
     25: (GpuNotSupportedError, "the driver does not know this version of the call; upgrade it"),
     26: (GpuNotSupportedError, "the driver has dropped this function; upgrade agft_ray"),
-    28: (GpuLostError, "no such GPU is visible here; `nvidia-smi -L` lists those that are"),
+    28: _NOT_VISIBLE,
 }
 _TRANSIENT = (GpuTransientError, "it may pass; if it stays, see the kernel log for NVRM and Xid")
 

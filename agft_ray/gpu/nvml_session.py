@@ -13,6 +13,7 @@ from agft_ray.errors import (
     GpuLostError,
     GpuNotSupportedError,
     GpuTransientError,
+    GpuUnavailableError,
 )
 from agft_ray.gpu.nvml_errors import FUNCTION_NOT_FOUND, INVALID_ARGUMENT, NOT_SUPPORTED, gpu_error
 from agft_ray.gpu.nvml_reader import NvmlCalls
@@ -104,8 +105,8 @@ class NvmlDevice:
     def run(self, name: str, job: Callable[[NvmlCalls], T]) -> T:
         """`job(nvml)`, on the NVML thread; `name` is what to call it in errors.
 
-        Raises `GpuLostError` without asking NVML once it was raised, `GpuTransientError` after the
-        deadline, and what `job` raises.
+        Raises `GpuLostError` without asking NVML once it was raised, `GpuUnavailableError` for a
+        GPU that was never found, `GpuTransientError` after the deadline, and what `job` raises.
         """
         self.check_not_lost()
         name = f"{name} of {self.uuid}"
@@ -122,6 +123,11 @@ class NvmlDevice:
         except GpuLostError as error:
             self._lost = str(error)
             raise
+        except GpuUnavailableError as error:
+            if self._handle is None:
+                raise
+            self._lost = str(error)
+            raise GpuLostError(self._lost) from None
 
     def _current_handle(self) -> object:
         opening = self._session.open(self.uuid)

@@ -50,8 +50,8 @@ class GpuSpec:
 def open_gpu(spec: GpuSpec, *, owner: str) -> LeasedGpu:
     """The node's GPUs of one replica as one; nothing is set or leased yet.
 
-    `owner` is who to name as the holder of the leases. Raises `GpuLostError` if a GPU is not
-    there, and other `GpuError`s as NVML or the daemon answer.
+    `owner` is who to name as the holder of the leases. Raises `GpuUnavailableError` if a GPU
+    is not to be seen, and other `GpuError`s as NVML or the daemon answer.
     """
     if isinstance(spec.config, SimulatedGpuConfig):
         path = Path(spec.devices[0])

@@ -18,25 +18,16 @@ from typing import Any
 from agft_ray.errors import (
     AgftError,
     GpuArgumentError,
-    GpuError,
-    GpuLostError,
     GpuNotSupportedError,
-    GpuPermissionError,
-    GpuTransientError,
     LeaseHeldError,
 )
+from agft_ray.gpu.nvml_errors import gpu_error
 
 Target = dict[str, Any]
 
 BACKENDS = ("nvml", "zeusd", "simulated")
 
 _UUID = re.compile(r"[A-Za-z0-9-]{1,96}")
-
-_ERRORS: dict[int, type[GpuError]] = {
-    **dict.fromkeys((6, 15, 16, 28), GpuLostError),
-    **dict.fromkeys((3, 9, 12, 13, 17, 18), GpuNotSupportedError),
-    4: GpuPermissionError,
-}
 
 
 def is_uuid(value: object) -> bool:
@@ -134,7 +125,8 @@ def prepare(backend: str) -> None:
 def restore(target: Target) -> None:
     """Bring the target's GPU back: to default clocks, or to what is to be restored after them.
 
-    Safe to repeat. Raises `GpuLostError` for a GPU that is gone (and needs no reset), another
+    Safe to repeat. Raises `GpuLostError` for a GPU that is gone (and needs no reset),
+    `GpuUnavailableError` for one that this process does not see (and another may), another
     `GpuError` if it could not be done, `GpuArgumentError` for what is no target.
     """
     target = check_target(target)
@@ -191,15 +183,15 @@ def _library() -> ctypes.CDLL:
 
 
 def _nvml(uuid: str, name: str, *arguments: Any) -> None:
-    """Call an NVML function; its return code becomes the exception that gpu/nvml.py raises."""
+    """Call an NVML function; its return code becomes the exception that gpu/nvml.py raises.
+
+    All codes but those of a GPU that is gone leave a reset due.
+    """
     library = _library()
     code = getattr(library, name, lambda *_: 13)(*arguments)
     if code:
         text = library.nvmlErrorString(code) or b"no text"
-        message = f"{uuid}: {name} failed: {text.decode(errors='replace')} (NVML code {code})"
-        if code == 4:
-            message += "; run as root, in a container with CAP_SYS_ADMIN"
-        raise _ERRORS.get(code, GpuTransientError)(message)
+        raise gpu_error(code, function=name, gpu=uuid, text=text.decode(errors="replace"))
 
 
 Outcome = tuple[str, str | Exception]

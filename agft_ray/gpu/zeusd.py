@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from agft_ray.errors import GpuLostError, GpuNotSupportedError, GpuPermissionError
+from agft_ray.errors import GpuNotSupportedError, GpuPermissionError, GpuUnavailableError
 from agft_ray.gpu.unix_http import Reply, exchange
 from agft_ray.gpu.zeusd_errors import CONTROL_IS_OFF, not_answered, refused, reply_text
 
@@ -76,8 +76,8 @@ class ZeusdClient:
 
     Every method raises `GpuTransientError` if the daemon does not answer or fails,
     `GpuPermissionError` if socket, token, scope or NVML forbid the request, `GpuNotSupportedError`
-    if the daemon or the GPU has no such thing, `GpuArgumentError` for a value NVML refuses and
-    `GpuLostError` for a GPU that is gone.
+    if the daemon or the GPU has no such thing, `GpuArgumentError` for a value NVML refuses,
+    `GpuUnavailableError` for a GPU the daemon does not see and `GpuLostError` for one that is gone.
     """
 
     def __init__(self, socket_path: str, token_path: str = "", timeout_s: float = 2.0) -> None:
@@ -169,12 +169,15 @@ class ZeusdWriter:
     def for_device(cls, client: ZeusdClient, uuid: str, devices: Sequence[LocalGpu]) -> ZeusdWriter:
         """The writer for the GPU `uuid`, one of `devices`, which are all that local NVML lists.
 
-        Raises `GpuLostError` if it is not among them, and what `resolve_index` does.
+        Raises `GpuUnavailableError` if it is not among them, and what `resolve_index` does.
         """
         for device in devices:
             if device.uuid == uuid:
                 return cls(client, _resolve_device(client, device, len(devices)))
-        raise GpuLostError(f"GPU {uuid} is not on this node, or not visible to this process")
+        raise GpuUnavailableError(
+            f"GPU {uuid} is not on this node, or not visible to this process; `nvidia-smi -L` "
+            "lists those that are"
+        )
 
     def __init__(self, client: ZeusdClient, index: int) -> None:
         self._client = client

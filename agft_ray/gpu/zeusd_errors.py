@@ -16,6 +16,7 @@ from agft_ray.errors import (
     GpuNotSupportedError,
     GpuPermissionError,
     GpuTransientError,
+    GpuUnavailableError,
 )
 from agft_ray.gpu.unix_http import Reply
 
@@ -28,8 +29,9 @@ _WAYS_OUT = {
     404: CONTROL_IS_OFF,
 }
 
-# GPU_IS_LOST and RESET_REQUIRED, then codes without words: 28 GPU_NOT_FOUND, 24 FREQ_NOT_SUPPORTED.
-_LOST = re.compile(r"fallen off the bus|requires a reset|variant value: 28\b")
+# GPU_IS_LOST and RESET_REQUIRED; codes without words are 28 GPU_NOT_FOUND, 24 FREQ_NOT_SUPPORTED.
+_LOST = re.compile(r"fallen off the bus|requires a reset")
+_NOT_VISIBLE = re.compile(r"variant value: 28\b")
 _BAD_ARGUMENT = re.compile(r"\binvalid\b|variant value: 24\b")
 
 
@@ -83,6 +85,8 @@ def _error_class(status: int, text: str) -> type[GpuError]:
         return GpuNotSupportedError
     if _LOST.search(text):
         return GpuLostError
+    if _NOT_VISIBLE.search(text):
+        return GpuUnavailableError
     if _BAD_ARGUMENT.search(text):
         return GpuArgumentError
     return GpuTransientError if status >= 500 or status == 408 else GpuNotSupportedError

@@ -12,6 +12,7 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.context import ReplicaContext
 
 from agft_ray.actors.frequency_tuner import start_tuner
 from agft_ray.actors.messages import EngineIdentity, EnginePush, TunerReply, TunerSpec
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 2.0
 NO_GPU = "the replica has no GPU; give it one with num_gpus, or name some in gpu.uuids"
+PUSH_RETRY_S = 0.2
+"""Pause after a push that failed: a tuner that Ray has restarted waits for its settings, and what
+its predecessor has left locked with it, where the guard was killed as well."""
 RETRY_S = 1.0
 MAX_RETRY_S = 30.0
 
@@ -68,6 +72,9 @@ class TunerLink:
         self._confirmed_version = -1
         self._is_configured = False
         self._refusal = self._config_error = self._gpu_lost = ""
+        self._gpu_has_worked = False
+        # Asked once, here: `reconfigure` must not depend on Ray's control service.
+        self._amounts = () if isinstance(gpu, GpuSpec) else own_gpu_amounts(bundles)
         self._check(config)
         self._wake = asyncio.Event()
         self._probed = asyncio.Event()
@@ -90,12 +97,12 @@ class TunerLink:
         await self._probed.wait()
 
     def check_health(self) -> None:
-        """Raise `GpuLostError` if the tuner has found the GPU lost, and the engine with it.
+        """Raise `GpuLostError` if a GPU that the tuner had opened is lost, and the engine with it.
 
         To be called from the deployment's `check_health`. Nothing else that happens to a tuner is
         a reason to replace a replica: its clocks are default then, and it serves.
         """
-        if self._gpu_lost:
+        if self._gpu_lost and self._gpu_has_worked:
             raise GpuLostError(self._gpu_lost)
 
     def wake(self) -> None:
@@ -139,45 +146,53 @@ class TunerLink:
             check_pushes(config, speed=self.clock.speed)
             if self._arms is not None:
                 config.arms(self._arms)
-            if config.mode == "control" and not isinstance(self._gpu, GpuSpec):
-                _refuse_shared_gpus(self._bundles)
+            if config.mode == "control":
+                _refuse_shared_gpus(self._amounts)
         except ValueError as error:
             raise ConfigError("user_config", [str(error)]) from None
 
     async def _run(self) -> None:
         try:
-            await self._find_gpus()
+            await self._start_tuner()
         finally:
             self._probed.set()
         await self._push_forever()
 
-    async def _find_gpus(self) -> None:
-        """Start the tuner on the GPUs named, or on those that Ray has given the replica."""
-        gpu, retry_s, problem = self._gpu, RETRY_S, NO_GPU
-        if isinstance(gpu, GpuSpec):
-            self._tuner = self._start(gpu, ())
-            return
+    async def _start_tuner(self) -> None:
+        """Have a tuner; whatever keeps us from it is tried again for as long as the replica lives,
+        less and less often."""
+        retry_s = RETRY_S
         while True:
             try:
-                nodes = await self._nodes(gpu)
-                break
-            except GpuTransientError as error:
-                log.warning("replica %s: its GPUs are not known yet: %s", self.replica, error)
-                # An engine that waits for the probe is not kept from starting.
-                self._probed.set()
-                await asyncio.sleep(retry_s)
-                retry_s = min(2 * retry_s, MAX_RETRY_S)
-            except GpuError as error:
-                nodes, problem = (), str(error)
-                break
+                self._tuner = await self._started()
+                return
+            except Exception as error:
+                log.warning("replica %s has no tuner yet: %r", self.replica, error)
+            # An engine that waits for the probe is not kept from starting.
+            self._probed.set()
+            await asyncio.sleep(retry_s)
+            retry_s = min(2 * retry_s, MAX_RETRY_S)
+
+    async def _started(self) -> Any:
+        """A tuner on the GPUs named, or on those that Ray has given the replica; where it is
+        certain that they cannot be told, one that says why."""
+        gpu, problem = self._gpu, NO_GPU
+        if isinstance(gpu, GpuSpec):
+            return self._start(gpu, ())
+        nodes: tuple[NodeGpus, ...] = ()
+        try:
+            nodes = await self._nodes(gpu)
+        except GpuTransientError:
+            raise
+        except GpuError as error:
+            problem = str(error)
         if not nodes:
             log.error("replica %s is not tuned: %s", self.replica, problem)
-            self._tuner = self._start(GpuSpec(gpu, ()), (), problem)
-            return
+            return self._start(GpuSpec(gpu, ()), (), problem)
         specs = [(node.node_id, GpuSpec(gpu, node.uuids)) for node in nodes]
         here = [spec for node_id, spec in specs if node_id == own_node_id()]
         own = here[0] if here else GpuSpec(gpu, ())
-        self._tuner = self._start(own, tuple(s for s in specs if s[1] is not own))
+        return self._start(own, tuple(s for s in specs if s[1] is not own))
 
     async def _nodes(self, gpu: NvmlGpuConfig) -> tuple[NodeGpus, ...]:
         if gpu.uuids is not None:
@@ -185,13 +200,17 @@ class TunerLink:
         return await asyncio.to_thread(probe_gpus, self._bundles)
 
     async def _push_forever(self) -> None:
-        due_s = time.monotonic()
+        due_s, is_away = time.monotonic(), False
         while True:
             try:
                 await self._push()
+                is_away = False
             except Exception as error:
-                log.warning("the tuner of replica %s is away: %r", self.replica, error)
-                await asyncio.sleep(RETRY_S)
+                if not is_away:
+                    log.warning("the tuner of replica %s is away: %r", self.replica, error)
+                is_away = True
+                self._confirmed_version = -1  # what comes back is a new one
+                await asyncio.sleep(PUSH_RETRY_S)
             due_s = max(due_s + PUSH_INTERVAL_S, time.monotonic())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), due_s - time.monotonic())
@@ -212,6 +231,7 @@ class TunerLink:
         reply: TunerReply = await self._tuner.observe.remote(push)
         self.role, self._confirmed_version = reply.role, reply.config_version
         self._config_error, self._gpu_lost = reply.config_error, reply.gpu_lost
+        self._gpu_has_worked = self._gpu_has_worked or reply.gpu_works
 
 
 def attach_tuner(
@@ -236,7 +256,8 @@ def attach_tuner(
         gpu: the GPUs to tune: a `NvmlGpuConfig` or `ZeusdGpuConfig` for the NVIDIA GPUs that Ray
             has given the replica (or those it names), or what `claim_simulated_gpu` returned.
         engine_model: what the engine serves; experience is shared between equal names only.
-        config: the tuner's settings; a dict is validated.
+        config: the tuner's settings; a dict is validated. A `user_config` of the deployment takes
+            their place from the start, if it is one for tuners.
         tensor_parallel, role, quantisation: further marks of the engine in the prior key.
         figures: further facts to show in the fleet's status.
         observe_only: why the tuner may not set clocks whatever its settings say, or "": for
@@ -254,7 +275,7 @@ def attach_tuner(
     context = serve.get_replica_context()
     if not isinstance(config, TunerConfig):
         config = parse(TunerConfig, config or {}, source="config")
-    settings = config
+    settings = _user_config(context) or config
 
     def start(own: GpuSpec, elsewhere: tuple[tuple[str, GpuSpec], ...], problem: str = "") -> Any:
         return start_tuner(
@@ -264,13 +285,26 @@ def attach_tuner(
                 replica=context.replica_id.unique_id,
                 gpu=own,
                 engine=EngineIdentity(engine_model, tensor_parallel, role, quantisation),
-                config=_within(settings, observe_only),
                 elsewhere=elsewhere,
                 problem=problem,
             )
         )
 
     return TunerLink(gpu, start, settings, stats, figures, observe_only, bundles)
+
+
+def _user_config(context: ReplicaContext) -> TunerConfig | None:
+    """What Serve will call `reconfigure` with once the replica has started, which may be minutes
+    from now; None if there is nothing, or it is not for a tuner (or wrong: `reconfigure` says so).
+    """
+    deployment_config = getattr(context, "_deployment_config", None)  # no public way
+    user_config = getattr(deployment_config, "user_config", None)
+    if user_config is None:
+        return None
+    try:
+        return parse(TunerConfig, user_config, source="user_config")
+    except ConfigError:
+        return None
 
 
 def _within(config: TunerConfig, observe_only: str) -> TunerConfig:
@@ -280,9 +314,9 @@ def _within(config: TunerConfig, observe_only: str) -> TunerConfig:
     return config
 
 
-def _refuse_shared_gpus(bundles: Sequence[int] | None) -> None:
+def _refuse_shared_gpus(amounts: Sequence[float]) -> None:
     """By what Ray has given the replica; who else is on a GPU all the same, the lease tells."""
-    for amount in own_gpu_amounts(bundles):
+    for amount in amounts:
         if amount != int(amount):
             raise ValueError(
                 f"mode: control needs whole GPUs, and this replica has {amount:g} of one: replicas "

@@ -36,16 +36,16 @@ class Driver:
             self._cluster.add_node(num_cpus=1, include_dashboard=False)
             ray.init(address=self._cluster.address, log_to_driver=False)
 
-    def deploy(self, lease_dir, version=1, fails=False, **settings):
+    def deploy(self, lease_dir, version=1, fails=False, slow_s=0, **settings):
         """Start the app, or turn it into this; returns once it serves.
 
-        As with a config file, a live replica is kept as long as `version` and `fails` are.
+        As with a config file, a live replica is kept as long as all but the settings stay.
         """
         victim = Victim.options(
-            user_config=CONFIG | settings, version=f"{version}{fails}", _internal=True
+            user_config=CONFIG | settings, version=f"{version}{fails}{slow_s}", _internal=True
         )
         serve.start(proxy_location="Disabled")
-        serve.run(victim.bind(lease_dir, version, fails), name=APP, route_prefix=None)
+        serve.run(victim.bind(lease_dir, version, fails, slow_s), name=APP, route_prefix=None)
 
     def delete(self):
         serve.delete(APP)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ray
 
 RESET_S = 1.0
 HEARTBEAT_S = 5.0
-BLIND_S = 10.0
+"""Without a sign of life for so long, tuner and replica count as hung."""
 WINDOW_S = 0.5
 
 
@@ -116,6 +116,23 @@ def test_tuner_hangs(driver, gpu, holder):
     assert later[0].t_ns > renewed_ns, "it wrote under the lease that was taken back"
 
 
+def test_a_tuner_killed_while_it_observes(driver, gpu, holder):
+    """Its successor observes too, although its replica was made with control."""
+    driver.deploy(gpu.lease_dir, mode="observe")
+    wait_until(lambda: gpu.is_untouched, RECOVERY_S, "the lease given back")
+    before = gpu.fake.log()
+    os.kill(holder.tuner.pid, signal.SIGKILL)
+
+    def observes():
+        status = driver.call("tuner_status")
+        is_new = status["tuner_pid"] != holder.tuner.pid and status["windows"] > 2
+        return is_new and status["state"] == "observing"
+
+    wait_until(observes, RECOVERY_S, "its successor observing")
+    assert gpu.fake.log() == before
+    assert gpu.is_untouched
+
+
 def test_ray_kills_the_tuner(driver, gpu, holder):
     driver.call("kill_tuner", False)
     reset_and_locked_again("ray.kill(tuner, no_restart=False)", gpu, holder)
@@ -141,11 +158,17 @@ def test_replica(driver, gpu, holder, signum):
     reset_and_locked_again(f"{signum.name} of the replica", gpu, holder)
 
 
-def test_replica_hangs(driver, gpu, holder):
+@pytest.mark.parametrize("window_s", [WINDOW_S, 60.0])
+def test_replica_hangs(driver, gpu, holder, window_s):
     replica = driver.call("ping")
+    driver.deploy(gpu.lease_dir, window_s=window_s)
+    time.sleep(2 * WINDOW_S)
+    assert gpu.wait_locked().tuner == holder.tuner, "kept over a change of the window"
     with stopped(replica) as since_s:
-        reset = gpu.wait_reset("SIGSTOP of the replica", holder, BLIND_S, from_s=since_s)
+        row = f"SIGSTOP of the replica, windows of {window_s:g} s"
+        reset = gpu.wait_reset(row, holder, HEARTBEAT_S + RESET_S, from_s=since_s)
         assert reset.pid == holder.tuner.pid, "the tuner saw for itself that it is blind"
+    driver.deploy(gpu.lease_dir)
     assert gpu.wait_locked().tuner == holder.tuner
     assert driver.call("ping") == replica
 
@@ -196,9 +219,12 @@ def test_guard_and_tuner(gpu, holder):
     assert reset.pid == successor.tuner.pid, "whoever comes next resets before it locks"
 
 
-def test_guard_and_tuner_with_a_guard_of_the_node(gpu, holder):
+def test_guard_and_tuner_with_a_guard_of_the_node(driver, gpu, holder):
+    """The replica is killed as well, as with a container, so that no restarted tuner resets."""
+    replica = driver.call("ping")
     with node_guard(gpu) as guard_pid:
         kill_guard_and_tuner(holder)
+        os.kill(replica, signal.SIGKILL)
         row = "SIGKILL of guard and tuner, with a node's guard"
         reset = gpu.wait_reset(row, holder, 2.0)
         assert reset.pid == guard_pid
@@ -219,6 +245,16 @@ def test_settings_change(driver, gpu, holder):
     driver.deploy(gpu.lease_dir)
     assert gpu.wait_locked().tuner == holder.tuner
     assert driver.call("ping") == replica
+
+
+def test_observe_from_the_start(driver, gpu, holder):
+    """Also while the constructor runs, before Serve has handed over the `user_config`."""
+    driver.deploy(gpu.lease_dir, mode="observe")
+    wait_until(lambda: gpu.is_untouched, RECOVERY_S, "the lease given back")
+    before = gpu.fake.log()
+    driver.deploy(gpu.lease_dir, slow_s=8, mode="observe")
+    assert driver.call("tuner_status")["windows"] > 2, "the constructor was not slow enough"
+    assert gpu.fake.log() == before
 
 
 def test_rolling_update(driver, gpu, holder):

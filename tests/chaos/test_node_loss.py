@@ -10,6 +10,7 @@ from rig import running
 pytestmark = pytest.mark.ray
 
 RESET_S = 2.0
+"""From the end of the tuner, which Ray ends as it sees the node gone."""
 
 
 class Nodes:
@@ -28,7 +29,8 @@ class Nodes:
 
     def lost(self, row, holder, since_s):
         """The GPU is reset and let go; the next node's is locked in its stead."""
-        self.gpu.wait_reset(row, holder, RESET_S, from_s=since_s)
+        reset = self.gpu.wait_reset(row, holder, RESET_S)
+        print(f"{row}: reset {reset.t_ns * 1e-9 - since_s:.3f} s after the act")
         self.gpu.wait_let_go(holder)
         assert self.gpu.is_untouched
         self.gpu.check_writers()

@@ -6,6 +6,7 @@ import time
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from agft_ray.gpu.gpu_config import NvmlGpuConfig
 from agft_ray.serve.colocation import attach_tuner
@@ -48,15 +49,17 @@ def busy_engine(t_s):
     ray_actor_options={"num_cpus": 0, "num_gpus": 1},
 )
 class Victim:
-    """`fails` ends the constructor with an error, soon after the tuner has locked the clocks."""
+    """Its constructor takes `slow_s` longer, and if it `fails`, ends with an error, soon after the
+    tuner has locked the clocks."""
 
-    async def __init__(self, lease_dir, version, fails):
+    async def __init__(self, lease_dir, version, fails, slow_s):
         self._link = attach_tuner(
             busy_engine, gpu=NvmlGpuConfig(lease_dir=lease_dir), engine_model="m", config=CONFIG
         )
         self._reconfigured_s = 0.0
         self._is_healthy = True
         self._requests_under_way = 0
+        await asyncio.sleep(slow_s)
         if fails:
             await self._link.probed()
             while (await self.status())["locked_sm_clock_mhz"] is None:
@@ -88,6 +91,13 @@ class Victim:
     async def status(self):
         status = await self._link._tuner.status.remote()
         return {"locked_sm_clock_mhz": None, **status}
+
+    async def tuner_status(self):
+        """As `status`; without a PID while no tuner answers."""
+        try:
+            return await asyncio.wait_for(self.status(), 1)
+        except (RayError, TimeoutError):
+            return {"tuner_pid": None, "windows": 0}
 
     def become_unhealthy(self):
         self._is_healthy = False

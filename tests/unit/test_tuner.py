@@ -235,6 +235,32 @@ def test_missing_statistics_are_not_read_as_idle():
     assert bench.gpu.locked == 1230
 
 
+def test_a_silent_replica_has_the_clocks_reset_at_the_loops_next_step_not_at_its_windows_end():
+    bench = Bench(1230, window_s=60.0, stale_after_s=600.0)
+    bench.run(70.0)
+    assert bench.gpu.locked == 1230
+    bench.silent = bench.tuner.is_cut_off = True
+    bench.run(60.0 / 8)
+    assert bench.gpu.locked is None
+    assert (bench.tuner.state, bench.records[-1].note) == ("blind", "the replica is silent")
+    records = len(bench.records)
+    bench.run(100.0)
+    assert bench.gpu.calls == [None, 1230, None]
+    assert len(bench.records) == records + 1, "windows of full length from then on"
+    bench.silent = bench.tuner.is_cut_off = False
+    bench.run(150.0)
+    assert bench.gpu.locked == 1230
+
+
+def test_a_silent_replica_changes_nothing_in_observe():
+    bench = Bench(1230, mode="observe")
+    bench.run(10.0)
+    bench.silent = bench.tuner.is_cut_off = True
+    bench.run(10.0)
+    assert bench.gpu.calls == []
+    assert bench.tuner.state == "blind"
+
+
 def test_a_frozen_energy_counter_is_no_evidence_and_ends_in_default_clocks():
     bench = Bench(1230)
     bench.run(6.0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from agft_ray.errors import GpuLostError, GpuNotSupportedError
+from agft_ray.errors import GpuNotSupportedError, GpuUnavailableError
 from agft_ray.gpu import identity
 from agft_ray.gpu.identity import cuda_uuids, resolve, visible_uuids
 
@@ -78,10 +78,10 @@ def test_a_whole_uuid_that_begins_another_is_no_abbreviation():
 @pytest.mark.parametrize(
     ("ids", "error", "words"),
     [
-        (["3"], GpuLostError, "'3' .* has 3"),
-        (["GPU-77"], GpuLostError, f"'GPU-77' .*{A}"),
+        (["3"], GpuUnavailableError, "'3' .* has 3"),
+        (["GPU-77"], GpuUnavailableError, f"'GPU-77' .*{A}"),
         (["GPU-8932f"], GpuNotSupportedError, f"'GPU-8932f' .*{A}, {B}"),
-        (["MIG-1c"], GpuLostError, "'MIG-1c' is no MIG instance of this node"),
+        (["MIG-1c"], GpuUnavailableError, "'MIG-1c' is no MIG instance of this node"),
         ([f"MIG-{A}/1/0", A], GpuNotSupportedError, "name the same GPU"),
         (["0", A], GpuNotSupportedError, f"'0' and '{A}' name the same GPU"),
         (["1", "0", "1"], GpuNotSupportedError, "'1' and '1' name the same GPU"),
@@ -99,9 +99,9 @@ def test_resolve_refuses(ids, error, words):
 
 
 def test_nothing_is_there():
-    with pytest.raises(GpuLostError, match="has 0"):
+    with pytest.raises(GpuUnavailableError, match="has 0"):
         resolve(["0"], [], pci_bus_order=False)
-    with pytest.raises(GpuLostError, match="has none"):
+    with pytest.raises(GpuUnavailableError, match="has none"):
         resolve([A], [], pci_bus_order=False)
 
 

@@ -26,6 +26,7 @@ from agft_ray.errors import (
     GpuNotSupportedError,
     GpuPermissionError,
     GpuTransientError,
+    GpuUnavailableError,
 )
 from agft_ray.gpu import nvml
 from agft_ray.gpu.nvml import DeviceInfo, NvmlGpu, driver_versions, list_devices
@@ -39,6 +40,7 @@ PERMANENT = {3, 9, 12, 13, 17, 18, 25, 26}
 CODES = {
     **dict.fromkeys(PERMANENT, GpuNotSupportedError),
     4: GpuPermissionError,
+    # 28 of a GPU that was there; `test_an_unknown_uuid` is about one that was not.
     **dict.fromkeys((15, 16, 28), GpuLostError),
     **dict.fromkeys((2, 24), GpuArgumentError),
     **dict.fromkeys((1, 8, 10, 19, 20, 27, 77, 999), GpuTransientError),
@@ -536,10 +538,27 @@ def test_neither_is_its_substituted_writer(device):
     assert writer.told == []
 
 
-def test_an_unknown_uuid_is_a_lost_gpu(driver):
+def test_an_unknown_uuid_is_no_lost_gpu(driver):
     gpu = NvmlGpu("GPU-nowhere", clock=WallClock())
     for _ in range(2):
-        with pytest.raises(GpuLostError, match=r"HandleByUUID failed for GPU-nowhere.*smi -L"):
+        with pytest.raises(GpuUnavailableError, match=r"HandleByUUID .* GPU-nowhere.*smi -L"):
+            gpu.read()
+
+
+@pytest.mark.parametrize("code", [6, 28])
+def test_a_gpu_that_is_not_visible_is_lost_only_if_it_was_there_before(device, gpu, code):
+    device.fail("handle", code)
+    for _ in range(2):
+        with pytest.raises(GpuUnavailableError):
+            gpu.read()
+    device.fail("handle", 0)
+    gpu.read()
+    device.fail("clock", 999, times=1)
+    with pytest.raises(GpuTransientError):
+        gpu.read()
+    device.fail("handle", code)
+    for _ in range(2):
+        with pytest.raises(GpuLostError, match=rf"NVML code {code}"):
             gpu.read()
 
 

@@ -26,6 +26,7 @@ from agft_ray.errors import (
     GpuNotSupportedError,
     GpuPermissionError,
     GpuTransientError,
+    GpuUnavailableError,
     LeaseHeldError,
 )
 from agft_ray.gpu import restore as module
@@ -105,7 +106,7 @@ def test_nvml_power_limit(fake):
     [
         (3, GpuNotSupportedError),
         (4, GpuPermissionError),
-        (6, GpuLostError),
+        (6, GpuTransientError),
         (9, GpuNotSupportedError),
         (10, GpuTransientError),
         (13, GpuNotSupportedError),
@@ -113,7 +114,7 @@ def test_nvml_power_limit(fake):
         (16, GpuLostError),
         (17, GpuNotSupportedError),
         (18, GpuNotSupportedError),
-        (28, GpuLostError),
+        (28, GpuUnavailableError),
         (999, GpuTransientError),
         (12345, GpuTransientError),
     ],
@@ -121,14 +122,14 @@ def test_nvml_power_limit(fake):
 def test_every_nvml_code_becomes_its_error(fake, code, error):
     gpu = fake.gpu(0)
     gpu.fail("reset", code)
-    with pytest.raises(error, match=f"ResetGpuLockedClocks failed: .*NVML code {code}") as caught:
+    with pytest.raises(error, match=f"ResetGpuLockedClocks failed .*NVML code {code}") as caught:
         restore(nvml_target(gpu.uuid))
     assert type(caught.value) is error
     assert gpu.calls("reset") == 1
 
 
 def test_a_gpu_or_driver_that_is_not_there(fake, monkeypatch):
-    with pytest.raises(GpuLostError, match="GPU-none: nvmlDeviceGetHandleByUUID failed"):
+    with pytest.raises(GpuUnavailableError, match=r"HandleByUUID failed for GPU-none: .*smi -L"):
         restore(nvml_target("GPU-none"))
     monkeypatch.setenv(ENV, "/nowhere")
     with pytest.raises(GpuNotSupportedError, match="nvmlInit_v2 failed"):
@@ -145,7 +146,7 @@ def test_nvml_is_shut_down_as_often_as_it_is_initialised(fake, monkeypatch):
 
     monkeypatch.setattr(module, "_library", Counting)
     restore(nvml_target(fake.gpu(0).uuid))
-    with pytest.raises(GpuLostError):
+    with pytest.raises(GpuUnavailableError):
         restore(nvml_target("GPU-none"))
     assert (calls.count("nvmlInit_v2"), calls.count("nvmlShutdown")) == (2, 2)
 
@@ -271,6 +272,23 @@ def test_a_sweep_keeps_what_nvml_refuses_and_drops_what_is_lost(fake, directory)
     assert len(leases(directory)) == 1
     gpu.fail("reset", 15)
     assert len(sweep(directory)) == 1
+    assert leases(directory) == []
+
+
+def test_a_sweep_keeps_the_record_of_a_gpu_it_does_not_see(fake, directory):
+    """As in a container that has been given other GPUs than the dead owner's."""
+    gpu = fake.gpu(0)
+    gpu.locked_mhz = (900, 900)
+    Lease.acquire(directory, gpu.uuid, lambda: nvml_target(gpu.uuid), owner="a").abandon()
+    for code in (6, 28):
+        gpu.fail("handle", code)
+        [(_, outcome)] = sweep(directory)
+        assert isinstance(outcome, GpuUnavailableError)
+        assert len(leases(directory)) == 1
+    gpu.fail("handle", 0)
+    [(_, outcome)] = sweep(directory)
+    assert outcome.startswith("reset what")
+    assert gpu.locked_mhz is None
     assert leases(directory) == []
 
 

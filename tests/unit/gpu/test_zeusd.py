@@ -19,6 +19,7 @@ from agft_ray.errors import (
     GpuNotSupportedError,
     GpuPermissionError,
     GpuTransientError,
+    GpuUnavailableError,
 )
 from agft_ray.gpu.zeusd import (
     ZeusdClient,
@@ -163,7 +164,7 @@ class TestRefusals:
             (16, GpuLostError, "500: GPU 0: .*requires a reset"),
             (18, GpuTransientError, "500: GPU 0: .*version mismatch"),
             (24, GpuArgumentError, "500: GPU 0: "),
-            (28, GpuLostError, "500: GPU 0: "),
+            (28, GpuUnavailableError, "500: GPU 0: "),
             (999, GpuTransientError, "500: GPU 0: .*internal driver error"),
         ],
     )
@@ -485,7 +486,7 @@ class TestWhichGpu:
             Device("GPU-b", 1, "NVIDIA L4", "00000001:C1:00.0"),
         ]
         assert ZeusdWriter.for_device(client, "GPU-b", devices).target()["index"] == 2
-        with pytest.raises(GpuLostError, match="GPU-c is not on this node"):
+        with pytest.raises(GpuUnavailableError, match="GPU-c is not on this node"):
             ZeusdWriter.for_device(client, "GPU-c", devices)
 
     def test_normalised_addresses(self):
