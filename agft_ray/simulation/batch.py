@@ -83,10 +83,15 @@ class DecodeSeries:
     steps: int
     """How many there can be, at least 1: until a sequence finishes or KV blocks run out."""
 
-    def work_after(self, steps: int) -> StepWork:
-        """What the step after so many computes."""
-        sequences = self.work.decode_sequences
-        return StepWork(0, sequences, self.work.context_tokens + steps * sequences)
+    def after(self, steps: int) -> DecodeSeries:
+        """What is left of it after so many steps, which may be none."""
+        work = self.work
+        if not steps:
+            return self
+        context_tokens = work.context_tokens + steps * work.decode_sequences
+        return DecodeSeries(
+            StepWork(0, work.decode_sequences, context_tokens), self.steps - steps
+        )
 
 
 @dataclass(frozen=True, slots=True)

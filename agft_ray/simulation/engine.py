@@ -45,8 +45,11 @@ class BatchingEngine:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._in_flight: Batch | None = None
-        self._decoding: tuple[Sequence, ...] = ()
-        """The sequences of a series' step in flight."""
+        self._series: DecodeSeries | None = None
+        self._done, self._done_s = 0, 0.0
+        """Steps of the series that have ended and are not settled, and when the last one did."""
+        self._decoding = False
+        """A step of the series is in progress."""
         self._stats = EngineStats()
 
     @property
@@ -62,7 +65,8 @@ class BatchingEngine:
     @property
     def kv_cache_usage(self) -> float:
         """Share of KV blocks in use, 0..1."""
-        return 1.0 - self._free_blocks / self._kv_blocks
+        free = self._free_blocks - self._blocks_for(self._done + self._decoding)
+        return 1.0 - free / self._kv_blocks
 
     def is_idle(self, t_s: float) -> bool:
         """Nothing runs, and nothing has arrived by `t_s` that waits."""
@@ -104,6 +108,7 @@ class BatchingEngine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
+        self._settle()
         for queue in (self._running, self._waiting, self._future):
             if sequence in queue:
                 queue.remove(sequence)
@@ -120,6 +125,7 @@ class BatchingEngine:
         The batch must be given to `complete` before the next call.
         """
         assert self._in_flight is None, "complete the last batch before scheduling the next"
+        self._settle()
         self._receive_arrivals(now_s)
         scheduled: list[tuple[Sequence, int]] = []
         preemptions = self._stats.preemptions
@@ -148,13 +154,56 @@ class BatchingEngine:
                     events.append(self._emit(sequence, end_s))
         return events
 
+    def sample(self, t_s: float) -> EngineSample:
+        """The statistics at `t_s`. Requests that arrived since the last `schedule` are waiting."""
+        arrived = bisect.bisect_right(self._future, t_s, key=_arrival_s)
+        return self._stats.sample(
+            t_s=t_s,
+            running=len(self._running),
+            waiting=len(self._waiting) + arrived,
+            kv_cache_usage=self.kv_cache_usage,
+        )
+
+    # -- series of decode-only steps, instead of `schedule` and `complete` for each -------------
+
     def plan_decodes(self, now_s: float) -> DecodeSeries | None:
         """The series of steps ahead at `now_s` if all running sequences decode and nothing that
         has arrived could be admitted before one finishes; else None, and `schedule` is to be
         asked. Nothing needs to come of it.
         """
         assert self._in_flight is None, "complete the last batch before planning"
-        self._receive_arrivals(now_s)
+        if self._receive_arrivals(now_s) or self._series is None:
+            self._settle()
+            self._series = self._new_series()
+        return self._series and self._series.after(self._done)
+
+    def begin_decode(self) -> None:
+        """The next step of the planned series runs: its KV blocks count as taken."""
+        self._decoding = True
+
+    def complete_decodes(self, steps: int, start_s: float, end_s: float) -> list[RequestTimings]:
+        """Account for steps of the planned series that ran from `start_s` to `end_s`; returns the
+        requests they finished, which can only be in its last one.
+        """
+        series, sequences = self._series, len(self._running)
+        assert series is not None and self._done + steps <= series.steps, "plan them first"
+        if self._done:
+            last_tokens_s = sequences * self._done_s
+        else:
+            last_tokens_s = sum(sequence.last_token_s for sequence in self._running)
+        self._stats.on_decode_steps(
+            steps=steps,
+            sequences=sequences,
+            time_s=end_s - start_s,
+            itl_sum_s=sequences * end_s - last_tokens_s,
+        )
+        self._done, self._done_s, self._decoding = self._done + steps, end_s, False
+        if self._done < series.steps:
+            return []
+        self._settle()
+        return [self._finish(s) for s in tuple(self._running) if not s.remaining]
+
+    def _new_series(self) -> DecodeSeries | None:
         running = self._running
         if not running or self._might_admit():
             return None
@@ -166,53 +215,7 @@ class BatchingEngine:
             steps = min(steps, sequence.remaining)
         while steps and self._blocks_for(steps) > self._free_blocks:
             steps //= 2
-        if not steps:
-            return None
-        return DecodeSeries(StepWork(0, len(running), context_tokens), steps)
-
-    def begin_decode(self) -> None:
-        """Take the KV blocks for one step of a planned series, which is about to run."""
-        self._decoding = tuple(self._running)
-        self._take_blocks(1)
-
-    def complete_decodes(self, steps: int, start_s: float, end_s: float) -> list[RequestTimings]:
-        """Account for steps of a planned series that ran from `start_s` to `end_s`; returns the
-        requests they finished, which can only be in the last one.
-        """
-        sequences, self._decoding = self._decoding or tuple(self._running), ()
-        live = [sequence for sequence in sequences if sequence.running]  # the rest is aborted
-        self._take_blocks(steps)
-        self._stats.on_decode_steps(
-            steps=steps,
-            sequences=len(sequences),
-            time_s=end_s - start_s,
-            tokens=steps * len(live),
-            itl_sum_s=sum(end_s - sequence.last_token_s for sequence in live),
-        )
-        finished = []
-        for sequence in live:
-            sequence.computed += steps
-            sequence.length += steps
-            sequence.last_token_s = end_s
-            if not sequence.remaining:
-                finished.append(self._finish(sequence))
-        return finished
-
-    def sample(self, t_s: float) -> EngineSample:
-        """The statistics at `t_s`. Requests that arrived since the last `schedule` are waiting."""
-        arrived = bisect.bisect_right(self._future, t_s, key=_arrival_s)
-        return self._stats.sample(
-            t_s=t_s,
-            running=len(self._running),
-            waiting=len(self._waiting) + arrived,
-            kv_cache_usage=self.kv_cache_usage,
-        )
-
-    def _receive_arrivals(self, now_s: float) -> None:
-        if self._future and _arrival_s(self._future[0]) <= now_s:
-            arrived = bisect.bisect_right(self._future, now_s, key=_arrival_s)
-            self._waiting.extend(self._future[:arrived])
-            del self._future[:arrived]
+        return DecodeSeries(StepWork(0, len(running), context_tokens), steps) if steps else None
 
     def _might_admit(self) -> bool:
         """Whether the head of the queue could be admitted beside what runs; False only if that
@@ -224,20 +227,37 @@ class BatchingEngine:
         return tokens > 0 and _ceil_div(tokens, config.block_size) <= self._free_blocks
 
     def _blocks_for(self, steps: int) -> int:
-        """KV blocks that so many decode steps of all running sequences take, or 0 where it is
-        plain that there are enough."""
-        size, running = self.config.block_size, len(self._running)
-        if running * _ceil_div(steps, size) <= self._free_blocks:
+        """KV blocks that so many decode steps of all running sequences take."""
+        if not steps:
             return 0
+        size = self.config.block_size
         return sum(
             max(_ceil_div(sequence.computed + steps, size) - sequence.blocks, 0)
             for sequence in self._running
         )
 
-    def _take_blocks(self, steps: int) -> None:
-        for sequence in self._running:
-            allocated = self._allocate(sequence, sequence.computed + steps)
-            assert allocated, "a planned series has its blocks"
+    def _settle(self) -> None:
+        """Write what was done of a series to its sequences; as long as it goes on, all of them
+        advance alike and need not be touched."""
+        assert not self._decoding, "a series' step is in progress"
+        if self._done:
+            for sequence in self._running:
+                self._allocate(sequence, sequence.computed + self._done)
+                sequence.computed += self._done
+                sequence.length += self._done
+                sequence.last_token_s = self._done_s
+        self._series, self._done = None, 0
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def _receive_arrivals(self, now_s: float) -> bool:
+        """Queue what has arrived; whether anything has."""
+        if not self._future or _arrival_s(self._future[0]) > now_s:
+            return False
+        arrived = bisect.bisect_right(self._future, now_s, key=_arrival_s)
+        self._waiting.extend(self._future[:arrived])
+        del self._future[:arrived]
+        return True
 
     def _schedule_running(self, scheduled: list[tuple[Sequence, int]]) -> int:
         budget = self.config.max_num_batched_tokens
