@@ -135,6 +135,8 @@ class Tuner:
     def arms(self) -> tuple[int, ...]:
         """What the policy may choose: supported, within the bounds, and kept by the GPU."""
         dropped = self.control.dropped
+        if not dropped:
+            return self._arms
         return tuple(arm for arm in self._arms if arm not in dropped) or self._arms
 
     @property

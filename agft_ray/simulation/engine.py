@@ -15,6 +15,7 @@ from agft_ray.simulation.batch import DecodeSeries, Sequence
 from agft_ray.simulation.batch import StepDevice as StepDevice
 from agft_ray.simulation.batch import TokenEvent as TokenEvent
 from agft_ray.simulation.engine_config import EngineConfig as EngineConfig
+from agft_ray.simulation.kv_blocks import KvBlocks
 from agft_ray.simulation.physics import StepWork
 from agft_ray.types import EngineSample, Request, RequestTimings
 
@@ -27,19 +28,16 @@ class BatchingEngine:
     served, prompts being split to fill the budget. KV blocks are taken as tokens are computed. If
     a running sequence finds none, the most recently admitted one is preempted: its blocks are
     freed, it goes to the head of the queue and later recomputes prompt and output so far, save
-    what the prefix cache holds. Blocks that vLLM would share between prompts are counted once for
-    each sequence. `chunk_attention_s(tokens, offset)` is the attention time of a prefill chunk.
-    Raises `ValueError` if `config.kv_blocks` is absent: see `EngineConfig.for_model`.
+    what the prefix cache holds (see `KvBlocks`). `chunk_attention_s(tokens, offset)` is the
+    attention time of a prefill chunk.
     """
 
     def __init__(
         self, config: EngineConfig, chunk_attention_s: Callable[[int, int], float]
     ) -> None:
-        if config.kv_blocks is None:
-            raise ValueError("kv_blocks: must be set, got None; see EngineConfig.for_model")
         self.config = config
+        self.kv = KvBlocks(config)
         self._chunk_attention_s = chunk_attention_s
-        self._kv_blocks = self._free_blocks = config.kv_blocks
         self._sequences: dict[str, Sequence] = {}
         self._future: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
@@ -65,8 +63,8 @@ class BatchingEngine:
     @property
     def kv_cache_usage(self) -> float:
         """Share of KV blocks in use, 0..1."""
-        free = self._free_blocks - self._blocks_for(self._done + self._decoding)
-        return 1.0 - free / self._kv_blocks
+        ahead = self.kv.needed(self._running, self._done + self._decoding)
+        return 1.0 - (self.kv.free - ahead) / self.kv.total
 
     def is_idle(self, t_s: float) -> bool:
         """Nothing runs, and nothing has arrived by `t_s` that waits."""
@@ -98,8 +96,7 @@ class BatchingEngine:
             raise ValueError(
                 f"request {request.request_id}: the id is in use; choose another until it finishes"
             )
-        prompt = request.prompt_tokens
-        sequence = Sequence(request, cached=self.config.cached_tokens(prompt), length=prompt)
+        sequence = Sequence.of(request)
         self._sequences[request.request_id] = sequence
         bisect.insort(self._future, sequence, key=_arrival_s)
 
@@ -150,6 +147,8 @@ class BatchingEngine:
         for sequence, tokens in batch.scheduled:
             if sequence.running:  # else aborted meanwhile
                 sequence.computed += tokens
+                if sequence.prefix and not sequence.decoding:
+                    self.kv.hold_prefix(sequence)
                 if sequence.computed == sequence.length:
                     events.append(self._emit(sequence, end_s))
         return events
@@ -186,7 +185,8 @@ class BatchingEngine:
         requests they finished, which can only be in its last one.
         """
         series, sequences = self._series, len(self._running)
-        assert series is not None and self._done + steps <= series.steps, "plan them first"
+        assert series is not None, "plan the series first"
+        assert self._done + steps <= series.steps, "more than planned"
         if self._done:
             last_tokens_s = sequences * self._done_s
         else:
@@ -213,7 +213,7 @@ class BatchingEngine:
                 return None
             context_tokens += sequence.length
             steps = min(steps, sequence.remaining)
-        while steps and self._blocks_for(steps) > self._free_blocks:
+        while steps and self.kv.needed(running, steps) > self.kv.free:
             steps //= 2
         return DecodeSeries(StepWork(0, len(running), context_tokens), steps) if steps else None
 
@@ -224,17 +224,7 @@ class BatchingEngine:
         if not self._waiting or running >= config.max_num_seqs:
             return False
         tokens = min(self._waiting[0].length, config.max_num_batched_tokens - running)
-        return tokens > 0 and _ceil_div(tokens, config.block_size) <= self._free_blocks
-
-    def _blocks_for(self, steps: int) -> int:
-        """KV blocks that so many decode steps of all running sequences take."""
-        if not steps:
-            return 0
-        size = self.config.block_size
-        return sum(
-            max(_ceil_div(sequence.computed + steps, size) - sequence.blocks, 0)
-            for sequence in self._running
-        )
+        return tokens > 0 and self.kv.fits(tokens)
 
     def _settle(self) -> None:
         """Write what was done of a series to its sequences; as long as it goes on, all of them
@@ -242,7 +232,7 @@ class BatchingEngine:
         assert not self._decoding, "a series' step is in progress"
         if self._done:
             for sequence in self._running:
-                self._allocate(sequence, sequence.computed + self._done)
+                self.kv.allocate(sequence, sequence.computed + self._done)
                 sequence.computed += self._done
                 sequence.length += self._done
                 sequence.last_token_s = self._done_s
@@ -272,30 +262,25 @@ class BatchingEngine:
     def _schedule_waiting(self, scheduled: list[tuple[Sequence, int]], budget: int) -> int:
         while self._waiting and budget and len(self._running) < self.config.max_num_seqs:
             sequence = self._waiting[0]
-            tokens = min(sequence.length - sequence.cached, budget)
-            if not self._allocate(sequence, sequence.cached + tokens):
+            cached = self.kv.cached_tokens(sequence)
+            tokens = min(sequence.length - cached, budget)
+            if not self.kv.fits(cached + tokens):
                 break
-            sequence.computed, sequence.running = sequence.cached, True
+            sequence.cached = sequence.computed = cached
+            self.kv.hold_prefix(sequence)  # before room is made, which could evict it
+            self.kv.allocate(sequence, cached + tokens)
+            sequence.running = True
             self._running.append(self._waiting.popleft())
             scheduled.append((sequence, tokens))
             budget -= tokens
         return budget
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
-        while not self._allocate(sequence, tokens):
+        while not self.kv.allocate(sequence, tokens):
             victim = self._running.pop()
             self._preempt(victim)
             if victim is sequence:
                 return False
-        return True
-
-    def _allocate(self, sequence: Sequence, tokens: int) -> bool:
-        missing = _ceil_div(tokens, self.config.block_size) - sequence.blocks
-        if missing > self._free_blocks:
-            return False
-        if missing > 0:
-            sequence.blocks += missing
-            self._free_blocks -= missing
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -304,10 +289,9 @@ class BatchingEngine:
         self._stats.on_preemption()
 
     def _release(self, sequence: Sequence) -> None:
-        self._free_blocks += sequence.blocks
-        sequence.blocks = sequence.computed = 0
+        self.kv.release(sequence)
+        sequence.computed = 0
         sequence.running = sequence.decoding = False
-        assert self._free_blocks <= self._kv_blocks
 
     def _work(self, scheduled: list[tuple[Sequence, int]]) -> StepWork:
         prefill_tokens = decode_sequences = context_tokens = 0
@@ -355,7 +339,3 @@ class BatchingEngine:
 
 def _arrival_s(sequence: Sequence) -> float:
     return sequence.request.arrival_s
-
-
-def _ceil_div(tokens: int, size: int) -> int:
-    return -(-tokens // size)

@@ -92,12 +92,17 @@ _COUNTERS = (
 )
 
 
+_counters = operator.attrgetter(*_COUNTERS)
+
+
 def _counter_deltas(samples: Sequence[EngineSample]) -> dict[str, Any]:
-    for before, after in itertools.pairwise(samples):
-        backwards = [n for n in _COUNTERS if getattr(after, n) < getattr(before, n)]
-        if backwards:
-            raise WindowRejectedError(f"engine counters went backwards: {', '.join(backwards)}")
-    return {n: getattr(samples[-1], n) - getattr(samples[0], n) for n in _COUNTERS}
+    values = [_counters(sample) for sample in samples]
+    for before, after in itertools.pairwise(values):
+        if any(map(operator.lt, after, before)):
+            pairs = zip(_COUNTERS, before, after, strict=True)
+            backwards = ", ".join(name for name, old, new in pairs if new < old)
+            raise WindowRejectedError(f"engine counters went backwards: {backwards}")
+    return dict(zip(_COUNTERS, map(operator.sub, values[-1], values[0]), strict=True))
 
 
 def _energy_j(samples: Sequence[GpuSample], start_s: float, end_s: float) -> float:

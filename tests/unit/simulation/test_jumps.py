@@ -124,13 +124,15 @@ def assert_equal_runs(jumped, stepped):
     assert jumped.device.sm_clock_mhz_s == pytest.approx(stepped.device.sm_clock_mhz_s, rel=1e-9)
 
 
-def workload(seed, rate_per_s, longest):
+def workload(seed, rate_per_s, longest, prefixes=0):
+    """Random requests; with `prefixes`, so many different beginnings, each with one of two ends."""
     draw, t_s = random.Random(seed), 0.0
     requests = []
     while t_s < END_S / 2:
         t_s += draw.expovariate(rate_per_s)
         prompt, output = draw.randint(1, longest), draw.randint(1, longest // 2)
-        requests.append(Request(str(len(requests)), t_s, prompt, output))
+        ids = (draw.randint(1, prefixes), draw.randint(100, 101)) if prefixes else ()
+        requests.append(Request(str(len(requests)), t_s, prompt, output, ids))
     return requests
 
 
@@ -144,10 +146,12 @@ def workload(seed, rate_per_s, longest):
     kv_blocks=st.sampled_from([100, 300, 5000]),
     share=st.sampled_from([0.0, 0.4]),
     cap_share=st.sampled_from([1.0, 0.75, 0.5]),
+    prefixes=st.sampled_from([0, 3]),
 )
-@example(1, PAIRS[0], 4.0, 1000, 64, 100, 0.0, 1.0)  # preemptions
+@example(1, PAIRS[0], 4.0, 1000, 64, 100, 0.0, 1.0, 0)  # preemptions
+@example(1, PAIRS[0], 4.0, 1000, 64, 120, 0.0, 1.0, 3)  # prefixes found and evicted
 def test_jumps_change_nothing(
-    seed, pair, rate_per_s, longest, max_num_seqs, kv_blocks, share, cap_share
+    seed, pair, rate_per_s, longest, max_num_seqs, kv_blocks, share, cap_share, prefixes
 ):
     name, model_name = pair
     profile = capped(PROFILES[name], PROFILES[name].power.cap_w * cap_share)
@@ -158,7 +162,7 @@ def test_jumps_change_nothing(
         max_model_len=1600,
         prefix_hit_share=share,
     )
-    requests = workload(seed, rate_per_s, longest)
+    requests = workload(seed, rate_per_s, longest, prefixes)
     runs = [
         Run(profile, model_name, requests, config, seed, jumps=jumps) for jumps in (True, False)
     ]
