@@ -46,6 +46,21 @@ class EngineStats:
         counter = self._prefill if prefill_tokens else self._decode
         self._count(counter, prefill_tokens + decode_tokens, time_s)
 
+    def on_decode_steps(
+        self, *, steps: int, sequences: int, time_s: float, itl_sum_s: float
+    ) -> None:
+        """Iterations in a row, together, each with one token (not the first) for every one of the
+        same sequences."""
+        counter, tokens = self._decode, steps * sequences
+        self.iterations += steps
+        self.iteration_tokens += tokens
+        counter.steps += steps
+        counter.tokens += tokens
+        counter.time_s += time_s
+        self.generation_tokens += tokens
+        self.itl_count += tokens
+        self.itl_sum_s += itl_sum_s
+
     def on_unknown_step(self, *, tokens: int, time_s: float) -> None:
         """One engine iteration of which it is not known whether it computed prompt tokens."""
         self._count(self._unknown, tokens, time_s)

@@ -8,68 +8,16 @@ from __future__ import annotations
 import bisect
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 from agft_ray.engine_stats import EngineStats
+from agft_ray.simulation.batch import Batch as Batch
+from agft_ray.simulation.batch import DecodeSeries, Sequence
+from agft_ray.simulation.batch import StepDevice as StepDevice
+from agft_ray.simulation.batch import TokenEvent as TokenEvent
 from agft_ray.simulation.engine_config import EngineConfig as EngineConfig
+from agft_ray.simulation.kv_blocks import KvBlocks
 from agft_ray.simulation.physics import StepWork
 from agft_ray.types import EngineSample, Request, RequestTimings
-
-
-class StepDevice(Protocol):
-    """What runs an engine's steps: a GPU, in simulated seconds."""
-
-    def begin_step(self, t_s: float, work: StepWork) -> float:
-        """Start a step at `t_s`, or now if the device is past that; returns its predicted end."""
-        ...
-
-    def step_end_s(self) -> float | None:
-        """The running step's end as known now: clock changes move it; None if none runs."""
-        ...
-
-    def finish_step(self) -> float:
-        """Move to the running step's end and return it."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A request inside the engine."""
-
-    request: Request
-    cached: int
-    """Leading tokens of the prompt that the prefix cache holds."""
-    length: int
-    """Tokens known: the prompt and what was generated."""
-    computed: int = 0
-    """Tokens whose KV is held."""
-    blocks: int = 0
-    decoding: bool = False
-    """All of `length` but the newest token is computed."""
-    running: bool = False
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One engine step: the tokens each sequence computes in it, and their sums."""
-
-    scheduled: list[tuple[Sequence, int]]
-    work: StepWork
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One generated token."""
-
-    request_id: str
-    index: int
-    """Place in the output, from 0."""
-    t_s: float
-    timings: RequestTimings | None = None
-    """Of the whole request, with its last token."""
 
 
 class BatchingEngine:
@@ -80,30 +28,48 @@ class BatchingEngine:
     served, prompts being split to fill the budget. KV blocks are taken as tokens are computed. If
     a running sequence finds none, the most recently admitted one is preempted: its blocks are
     freed, it goes to the head of the queue and later recomputes prompt and output so far, save
-    what the prefix cache holds. Blocks that vLLM would share between prompts are counted once for
-    each sequence. `chunk_attention_s(tokens, offset)` is the attention time of a prefill chunk.
-    Raises `ValueError` if `config.kv_blocks` is absent: see `EngineConfig.for_model`.
+    what the prefix cache holds (see `KvBlocks`). `chunk_attention_s(tokens, offset)` is the
+    attention time of a prefill chunk.
     """
 
     def __init__(
         self, config: EngineConfig, chunk_attention_s: Callable[[int, int], float]
     ) -> None:
-        if config.kv_blocks is None:
-            raise ValueError("kv_blocks: must be set, got None; see EngineConfig.for_model")
         self.config = config
+        self.kv = KvBlocks(config)
         self._chunk_attention_s = chunk_attention_s
-        self._kv_blocks = self._free_blocks = config.kv_blocks
         self._sequences: dict[str, Sequence] = {}
         self._future: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._in_flight: Batch | None = None
+        self._series: DecodeSeries | None = None
+        self._done, self._done_s = 0, 0.0
+        """Steps of the series that have ended and are not settled, and when the last one did."""
+        self._decoding = False
+        """A step of the series is in progress."""
         self._stats = EngineStats()
 
     @property
     def is_empty(self) -> bool:
         """No request is known that is not finished, not even one yet to arrive."""
         return not self._sequences
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have arrived and wait, as of the last `schedule`."""
+        return len(self._waiting)
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of KV blocks in use, 0..1."""
+        ahead = self.kv.needed(self._running, self._done + self._decoding)
+        return 1.0 - (self.kv.free - ahead) / self.kv.total
+
+    def is_idle(self, t_s: float) -> bool:
+        """Nothing runs, and nothing has arrived by `t_s` that waits."""
+        arrived = bool(self._future) and _arrival_s(self._future[0]) <= t_s
+        return not (self._running or self._waiting or arrived)
 
     def check(self, request: Request) -> None:
         """Raise `ValueError` if the request can never be served."""
@@ -130,8 +96,7 @@ class BatchingEngine:
             raise ValueError(
                 f"request {request.request_id}: the id is in use; choose another until it finishes"
             )
-        prompt = request.prompt_tokens
-        sequence = Sequence(request, cached=self.config.cached_tokens(prompt), length=prompt)
+        sequence = Sequence.of(request)
         self._sequences[request.request_id] = sequence
         bisect.insort(self._future, sequence, key=_arrival_s)
 
@@ -140,6 +105,7 @@ class BatchingEngine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
+        self._settle()
         for queue in (self._running, self._waiting, self._future):
             if sequence in queue:
                 queue.remove(sequence)
@@ -156,6 +122,7 @@ class BatchingEngine:
         The batch must be given to `complete` before the next call.
         """
         assert self._in_flight is None, "complete the last batch before scheduling the next"
+        self._settle()
         self._receive_arrivals(now_s)
         scheduled: list[tuple[Sequence, int]] = []
         preemptions = self._stats.preemptions
@@ -180,6 +147,8 @@ class BatchingEngine:
         for sequence, tokens in batch.scheduled:
             if sequence.running:  # else aborted meanwhile
                 sequence.computed += tokens
+                if sequence.prefix and not sequence.decoding:
+                    self.kv.hold_prefix(sequence)
                 if sequence.computed == sequence.length:
                     events.append(self._emit(sequence, end_s))
         return events
@@ -191,14 +160,94 @@ class BatchingEngine:
             t_s=t_s,
             running=len(self._running),
             waiting=len(self._waiting) + arrived,
-            kv_cache_usage=1.0 - self._free_blocks / self._kv_blocks,
+            kv_cache_usage=self.kv_cache_usage,
         )
 
-    def _receive_arrivals(self, now_s: float) -> None:
-        if self._future and _arrival_s(self._future[0]) <= now_s:
-            arrived = bisect.bisect_right(self._future, now_s, key=_arrival_s)
-            self._waiting.extend(self._future[:arrived])
-            del self._future[:arrived]
+    # -- series of decode-only steps, instead of `schedule` and `complete` for each -------------
+
+    def plan_decodes(self, now_s: float) -> DecodeSeries | None:
+        """The series of steps ahead at `now_s` if all running sequences decode and nothing that
+        has arrived could be admitted before one finishes; else None, and `schedule` is to be
+        asked. Nothing needs to come of it.
+        """
+        assert self._in_flight is None, "complete the last batch before planning"
+        if self._receive_arrivals(now_s) or self._series is None:
+            self._settle()
+            self._series = self._new_series()
+        return self._series and self._series.after(self._done)
+
+    def begin_decode(self) -> None:
+        """The next step of the planned series runs: its KV blocks count as taken."""
+        self._decoding = True
+
+    def complete_decodes(self, steps: int, start_s: float, end_s: float) -> list[RequestTimings]:
+        """Account for steps of the planned series that ran from `start_s` to `end_s`; returns the
+        requests they finished, which can only be in its last one.
+        """
+        series, sequences = self._series, len(self._running)
+        assert series is not None, "plan the series first"
+        assert self._done + steps <= series.steps, "more than planned"
+        if self._done:
+            last_tokens_s = sequences * self._done_s
+        else:
+            last_tokens_s = sum(sequence.last_token_s for sequence in self._running)
+        self._stats.on_decode_steps(
+            steps=steps,
+            sequences=sequences,
+            time_s=end_s - start_s,
+            itl_sum_s=sequences * end_s - last_tokens_s,
+        )
+        self._done, self._done_s, self._decoding = self._done + steps, end_s, False
+        if self._done < series.steps:
+            return []
+        self._settle()
+        return [self._finish(s) for s in tuple(self._running) if not s.remaining]
+
+    def _new_series(self) -> DecodeSeries | None:
+        running = self._running
+        if not running or self._might_admit():
+            return None
+        context_tokens, steps = 0, self.config.max_model_len
+        for sequence in running:
+            if not sequence.decoding:
+                return None
+            context_tokens += sequence.length
+            steps = min(steps, sequence.remaining)
+        while steps and self.kv.needed(running, steps) > self.kv.free:
+            steps //= 2
+        return DecodeSeries(StepWork(0, len(running), context_tokens), steps) if steps else None
+
+    def _might_admit(self) -> bool:
+        """Whether the head of the queue could be admitted beside what runs; False only if that
+        stays so until a running sequence finishes."""
+        config, running = self.config, len(self._running)
+        if not self._waiting or running >= config.max_num_seqs:
+            return False
+        tokens = min(self._waiting[0].length, config.max_num_batched_tokens - running)
+        return tokens > 0 and self.kv.fits(tokens)
+
+    def _settle(self) -> None:
+        """Write what was done of a series to its sequences; as long as it goes on, all of them
+        advance alike and need not be touched."""
+        assert not self._decoding, "a series' step is in progress"
+        if self._done:
+            for sequence in self._running:
+                self.kv.allocate(sequence, sequence.computed + self._done)
+                sequence.computed += self._done
+                sequence.length += self._done
+                sequence.last_token_s = self._done_s
+        self._series, self._done = None, 0
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def _receive_arrivals(self, now_s: float) -> bool:
+        """Queue what has arrived; whether anything has."""
+        if not self._future or _arrival_s(self._future[0]) > now_s:
+            return False
+        arrived = bisect.bisect_right(self._future, now_s, key=_arrival_s)
+        self._waiting.extend(self._future[:arrived])
+        del self._future[:arrived]
+        return True
 
     def _schedule_running(self, scheduled: list[tuple[Sequence, int]]) -> int:
         budget = self.config.max_num_batched_tokens
@@ -213,31 +262,25 @@ class BatchingEngine:
     def _schedule_waiting(self, scheduled: list[tuple[Sequence, int]], budget: int) -> int:
         while self._waiting and budget and len(self._running) < self.config.max_num_seqs:
             sequence = self._waiting[0]
-            tokens = min(sequence.length - sequence.cached, budget)
-            if not self._allocate(sequence, sequence.cached + tokens):
+            cached = self.kv.cached_tokens(sequence)
+            tokens = min(sequence.length - cached, budget)
+            if not self.kv.fits(cached + tokens):
                 break
-            sequence.computed, sequence.running = sequence.cached, True
+            sequence.cached = sequence.computed = cached
+            self.kv.hold_prefix(sequence)  # before room is made, which could evict it
+            self.kv.allocate(sequence, cached + tokens)
+            sequence.running = True
             self._running.append(self._waiting.popleft())
             scheduled.append((sequence, tokens))
             budget -= tokens
         return budget
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
-        while not self._allocate(sequence, tokens):
+        while not self.kv.allocate(sequence, tokens):
             victim = self._running.pop()
             self._preempt(victim)
             if victim is sequence:
                 return False
-        return True
-
-    def _allocate(self, sequence: Sequence, tokens: int) -> bool:
-        size = self.config.block_size
-        missing = (tokens + size - 1) // size - sequence.blocks
-        if missing > self._free_blocks:
-            return False
-        if missing > 0:
-            sequence.blocks += missing
-            self._free_blocks -= missing
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -246,10 +289,9 @@ class BatchingEngine:
         self._stats.on_preemption()
 
     def _release(self, sequence: Sequence) -> None:
-        self._free_blocks += sequence.blocks
-        sequence.blocks = sequence.computed = 0
+        self.kv.release(sequence)
+        sequence.computed = 0
         sequence.running = sequence.decoding = False
-        assert self._free_blocks <= self._kv_blocks
 
     def _work(self, scheduled: list[tuple[Sequence, int]]) -> StepWork:
         prefill_tokens = decode_sequences = context_tokens = 0
