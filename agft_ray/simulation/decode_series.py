@@ -45,7 +45,7 @@ class Progression:
 
 
 class DecodeCurve(NamedTuple):
-    """Duration and energy of decode steps of one batch size at one clock, by context.
+    """Duration and one GPU's energy of decode steps of one batch size at one clock, by context.
 
     Both are affine in the context: attention reads it, and power is either constant or affine in
     the bytes read per second, so energy is affine in time and bytes.
@@ -70,7 +70,7 @@ class DecodeCurve(NamedTuple):
         )
 
     def power_w(self, context_tokens: int) -> float:
-        """Before the power cap."""
+        """Of one GPU, before the power cap."""
         energy_j = self.base_j + self.per_token_j * context_tokens
         return energy_j / (self.base_s + self.per_token_s * context_tokens)
 
@@ -101,6 +101,7 @@ class Series(NamedTuple):
     """How many are known to run at this clock."""
     durations_s: Progression
     energies_j: Progression
+    """Of all GPUs of the group."""
 
     def energy_j(self, elapsed_s: float, steps: int) -> float:
         """Energy of so many steps, as it was `elapsed_s` after their start."""
@@ -122,9 +123,13 @@ class DecodeCurves:
         """At most so many steps of which `work` is the first, up to a clock."""
         clock, steps = self._clock(work, target_sm_clock_mhz, steps)
         curve = self._curve(work.decode_sequences, clock)
-        context_tokens = work.context_tokens
+        gpu_j = curve.energies_j(work.context_tokens)
+        gpus = self._model.tensor_parallel
         return Series(
-            clock, steps, curve.durations_s(context_tokens), curve.energies_j(context_tokens)
+            clock,
+            steps,
+            curve.durations_s(work.context_tokens),
+            Progression(gpus * gpu_j.first, gpus * gpu_j.step),
         )
 
     def _clock(self, work: StepWork, target: int, steps: int) -> tuple[int, int]:
