@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from agft_ray.errors import GpuError
-from agft_ray.gpu import lease_record, restore
+from agft_ray.gpu import lease_lock, lease_record, restore
 from agft_ray.gpu.lease import Lease, default_directory, revoke, sweep, undo
 from agft_ray.gpu.lease_record import Paths
 
@@ -30,9 +30,21 @@ BEAT_S = 0.25
 RETRY_S = 10.0
 """How long a reset that fails is tried again before it is left to the node or the next owner."""
 
-_BEAT, _RELEASE = b"b", b"r"
+_BEAT, _RELEASE, _LEAVE = b"b", b"r", b"l"
 _USAGE = """usage: python -m agft_ray.gpu.guard --node [--lease-dir DIR] [--interval-s S]
 (the guard of one owner is started by that owner: agft_ray.gpu.guard.Guard.start)"""
+
+
+_open_guards: set[Guard] = set()
+
+
+def _close_in_child() -> None:
+    """A forked child that kept a pipe open would keep the guard from seeing our death."""
+    for guard in tuple(_open_guards):
+        guard._close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Guard:
@@ -46,8 +58,7 @@ class Guard:
         self._using = threading.Lock()  # a pipe closed by one thread may be another's new file
         self._next_beat_s = 0.0
         os.set_blocking(pipe, False)
-        # A forked child that kept the pipe open would keep the guard from seeing our death.
-        os.register_at_fork(after_in_child=self._close)
+        _open_guards.add(self)
 
     @classmethod
     def start(cls, leases: Sequence[Lease], *, heartbeat_s: float = 5.0) -> Guard:
@@ -92,6 +103,12 @@ class Guard:
                 _reader_is_gone(self._pipe, 1.0)
                 self._close()
 
+    def leave(self) -> None:
+        """Leave a reset that failed to the guard: it tries on while this process lives, and for a
+        while after, then gives the lock back. For after the lease was abandoned; this handle is
+        then of no more use."""
+        self._write(_LEAVE)
+
     def _write(self, message: bytes) -> None:
         with self._using, contextlib.suppress(OSError):
             if self._pipe is not None:
@@ -101,6 +118,7 @@ class Guard:
         if self._pipe is not None:
             os.close(self._pipe)
             self._pipe = None
+            _open_guards.discard(self)
 
 
 class _Guarded:
@@ -130,6 +148,8 @@ class _Guarded:
     def reset(self) -> bool:
         """Whether it worked, or was not needed; a record that is gone or damaged is no excuse."""
         try:
+            if not lease_lock.is_in_place(self.paths, self.fd) and lease_lock.is_held(self.paths):
+                return True  # another owner's, by a lock file that replaced ours
             record = lease_record.believed_record(self.paths)
             self._target = self._target if record is None else record.target
             undo(self._target)
@@ -186,15 +206,20 @@ def _guard(arguments: Sequence[str]) -> NoReturn:
     stop = _stop_signals()
     print(os.getpid(), flush=True)
     _silence()
-    if (end := _watch(guarded, heartbeat_s, stop)) != "released":
-        _reset_all(guarded, owner_is_dead=end == "dead")
+    _spare_from_oom()
+    if (end := _watch(guarded, heartbeat_s, stop)) == "left":
+        while not _reset_all(guarded, owner_is_gone=True) and not _poll(0, stop).poll(0):
+            pass
+    elif end != "released":
+        _reset_all(guarded, owner_is_gone=end == "dead")
     for each in guarded:  # before the pipe, whose end the owner waits for
         os.close(each.fd)
     os._exit(0)
 
 
 def _watch(guarded: Sequence[_Guarded], heartbeat_s: float, stop: int) -> str:
-    """Until the owner is "dead" or has "released" us, or we are "stopped"; reset while it hangs.
+    """Until the owner is "dead", has "released" us or "left" us what it could not reset, or we are
+    "stopped"; reset while it hangs.
 
     Hanging is two halves of `heartbeat_s` without a beat: should the whole machine be paused,
     only one of them passes unnoticed.
@@ -208,6 +233,8 @@ def _watch(guarded: Sequence[_Guarded], heartbeat_s: float, stop: int) -> str:
             message, halves = os.read(0, 65536), 0
             if not message or _RELEASE in message:
                 return "released" if message else "dead"
+            if _LEAVE in message:
+                return "left"
             continue
         halves = (halves + 1) % 2
         for each in guarded if halves == 0 else ():
@@ -215,21 +242,31 @@ def _watch(guarded: Sequence[_Guarded], heartbeat_s: float, stop: int) -> str:
             each.reset()
 
 
-def _reset_all(guarded: Sequence[_Guarded], *, owner_is_dead: bool) -> None:
-    """Reset, for `RETRY_S` if need be. The record of an owner that may live stays: it may lock
-    again before it notices that nobody guards it."""
-    for each in guarded:
+def _reset_all(guarded: Sequence[_Guarded], *, owner_is_gone: bool) -> bool:
+    """Reset, for `RETRY_S` if need be; whether all could be. The record of an owner that may live
+    stays, revoked: it may lock again before it notices that nobody guards it. A dead one's needs
+    no revoking, whose way to the disk would delay the reset."""
+    for each in () if owner_is_gone else guarded:
         each.revoke()
     pending, delay_s, due_s = list(guarded), 0.1, time.monotonic() + RETRY_S
     while True:
         done = [each for each in pending if each.reset()]
-        for each in done if owner_is_dead else ():
+        for each in done if owner_is_gone else ():
             lease_record.remove_record(each.paths)
         pending = [each for each in pending if each not in done]
         if not pending or time.monotonic() + delay_s > due_s:
-            return
+            return not pending
         time.sleep(delay_s)
         delay_s *= 2
+
+
+def _spare_from_oom() -> None:
+    """Ray has the kernel kill its workers first when memory is short, and children inherit that:
+    the guard must not be killed along with its owner."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/oom_score_adj", "r+") as file:
+        if int(file.read()) > 0:
+            file.seek(0)
+            file.write("0")
 
 
 def _guard_node(arguments: Sequence[str]) -> int:

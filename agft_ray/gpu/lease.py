@@ -161,10 +161,12 @@ class Lease:
             lease_lock.close(self.fd)
             self.fd = -1
 
+    def is_anothers(self) -> bool:
+        """Whether another process has the right, by a lock file that replaced ours."""
+        return not self._is_in_place() and lease_lock.is_held(self._paths)
+
     def _is_in_place(self) -> bool:
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.fstat(self.fd), os.lstat(self._paths.lock))
-        return False
+        return lease_lock.is_in_place(self._paths, self.fd)
 
 
 def sweep(

@@ -54,6 +54,13 @@ def close(fd: int) -> None:
         os.close(fd)
 
 
+def is_in_place(paths: Paths, fd: int) -> bool:
+    """Whether that lock still counts: its file was not removed or replaced."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(fd), os.lstat(paths.lock))
+    return False
+
+
 def is_held(paths: Paths) -> bool:
     """Whether somebody has the lock. Looking takes it for a moment, shared."""
     try:

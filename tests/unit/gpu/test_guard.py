@@ -23,6 +23,7 @@ from lease_tools import (
 )
 
 from agft_ray.errors import GpuError, LeaseHeldError
+from agft_ray.gpu import guard as guard_module
 from agft_ray.gpu import lease_lock, lease_record
 from agft_ray.gpu.guard import Guard
 from agft_ray.gpu.lease import force, leases, sweep
@@ -263,6 +264,63 @@ def test_a_failing_reset_is_tried_again(path, directory, tmp_path, lease):
     assert within(2.0, lambda: locked_mhz(path) is None)
     assert within(1.0, lambda: not runs(guard.pid))
     other.release()
+
+
+def test_what_the_owner_leaves_is_reset_by_the_guard_and_then_free(path, directory, lease):
+    guard = Guard.start([lease])
+    lock_clocks(path)
+    content = path.read_bytes()
+    replace_content(path, content.replace(b'"pending_clock_changes"', b'"pending_clock_chances"'))
+    lease.abandon()
+    guard.leave()
+    with pytest.raises(LeaseHeldError):
+        acquire(directory, path)
+    replace_content(path, content)
+    acquire_within_5_s(directory, path).release()
+    assert locked_mhz(path) is None
+    assert within(2.0, lambda: not runs(guard.pid))
+
+
+def test_a_dead_owners_clocks_do_not_wait_for_the_disk(path, lease, monkeypatch):
+    """The record of a dead owner is not written, so not synced, before the reset."""
+    guarded = guard_module._Guarded(f"{lease.fd}:{lease.record_path}")
+    lock_clocks(path)
+    synced_while = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced_while.append(locked_mhz(path)))
+    assert guard_module._reset_all([guarded], owner_is_gone=True)
+    assert set(synced_while) == {None}
+    assert not os.path.exists(lease.record_path)
+
+
+def test_a_gpu_that_another_has_taken_by_a_new_lock_file_is_let_alone(path, directory, lease):
+    guard = Guard.start([lease])
+    os.unlink(lease.record_path.replace(".json", ".lock"))
+    other = acquire(directory, path)
+    lock_clocks(path, 1200)
+    lease.abandon()
+    guard._close()
+    assert within(2.0, lambda: not runs(guard.pid))
+    assert locked_mhz(path) == 1200
+    other.release()
+
+
+def test_the_kernel_does_not_kill_it_for_memory_as_it_does_rays_workers(lease):
+    own = Path("/proc/self/oom_score_adj")
+    before = own.read_text()
+    own.write_text("500")
+    try:
+        guard = Guard.start([lease])
+        assert Path(f"/proc/{guard.pid}/oom_score_adj").read_text() == "0\n"
+        guard.release()
+    finally:
+        own.write_text(before)
+
+
+def test_guards_that_are_over_leave_nothing_behind(lease):
+    before = set(guard_module._open_guards)
+    for _ in range(3):
+        Guard.start([lease]).release()
+    assert guard_module._open_guards == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged"])
