@@ -6,24 +6,25 @@ end only the owner holds: the kernel closes it however the owner dies. Into it t
 beats; when they stay out, the guard takes the right back (see `gpu.lease`) and resets as well. It
 shares the locks of the leases, so nobody else gets a GPU before it is done.
 
-`python -m agft_ray.gpu.guard --node` serves the node: it resets what even a killed guard left.
+`python -m agft_ray.gpu.guard --node` serves the node: see `node_guard`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
-import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import NoReturn
 
 from agft_ray.errors import GpuError
-from agft_ray.gpu import lease_lock, lease_record, restore
-from agft_ray.gpu.lease import Lease, default_directory, revoke, sweep, undo
+from agft_ray.gpu import deadline, lease_lock, lease_record, restore
+from agft_ray.gpu.deadline import Job
+from agft_ray.gpu.lease import Lease, revoke, undo
 from agft_ray.gpu.lease_record import Paths
+from agft_ray.gpu.waiting import poller, stop_signals
 
 BEAT_S = 0.25
 """The least time between two beats."""
@@ -51,8 +52,6 @@ class Guard:
     """The owner's handle on its guard process; the clocks are safe for as long as it runs."""
 
     def __init__(self, pid: int, pipe: int) -> None:
-        import threading
-
         self.pid = pid
         self._pipe: int | None = pipe
         self._using = threading.Lock()  # a pipe closed by one thread may be another's new file
@@ -133,6 +132,7 @@ class _Guarded:
         if record is None:
             raise GpuError(f"no lease record {path}")
         self._target = record.target
+        self._job: Job[bool] | None = None
         restore.prepare(record.target["backend"])
 
     def revoke(self) -> None:
@@ -145,7 +145,13 @@ class _Guarded:
         with contextlib.suppress(GpuError):
             revoke(self.paths)
 
-    def reset(self) -> bool:
+    def begin_reset(self) -> Job[bool]:
+        """Reset on a thread of its own, or go on waiting for one that hangs."""
+        if self._job is None or not self._job.runs:
+            self._job = Job(self._reset, f"reset of {self.paths.uuid}")
+        return self._job
+
+    def _reset(self) -> bool:
         """Whether it worked, or was not needed; a record that is gone or damaged is no excuse."""
         try:
             if not lease_lock.is_in_place(self.paths, self.fd) and lease_lock.is_held(self.paths):
@@ -187,14 +193,7 @@ def _spawn(leases: Sequence[Lease], heartbeat_s: float) -> tuple[int, int]:
 
 
 def _reader_is_gone(pipe: int, timeout_s: float) -> bool:
-    return bool(_poll(pipe, events=0).poll(timeout_s * 1000))
-
-
-def _poll(*fds: int, events: int = select.POLLIN) -> select.poll:
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, events)
-    return poll
+    return bool(poller(pipe, events=0).poll(timeout_s * 1000))
 
 
 def _guard(arguments: Sequence[str]) -> NoReturn:
@@ -203,12 +202,12 @@ def _guard(arguments: Sequence[str]) -> NoReturn:
     guarded = [_Guarded(argument) for argument in arguments[1:]]
     if os.fork():
         os._exit(0)
-    stop = _stop_signals()
+    stop = stop_signals()
     print(os.getpid(), flush=True)
     _silence()
     _spare_from_oom()
     if (end := _watch(guarded, heartbeat_s, stop)) == "left":
-        while not _reset_all(guarded, owner_is_gone=True) and not _poll(0, stop).poll(0):
+        while not _reset_all(guarded, owner_is_gone=True) and not poller(0, stop).poll(0):
             pass
     elif end != "released":
         _reset_all(guarded, owner_is_gone=end == "dead")
@@ -224,7 +223,7 @@ def _watch(guarded: Sequence[_Guarded], heartbeat_s: float, stop: int) -> str:
     Hanging is two halves of `heartbeat_s` without a beat: should the whole machine be paused,
     only one of them passes unnoticed.
     """
-    poll, halves = _poll(0, stop), 0
+    poll, halves = poller(0, stop), 0
     while True:
         ready = {fd for fd, _ in poll.poll(heartbeat_s * 500)}
         if stop in ready:
@@ -237,9 +236,16 @@ def _watch(guarded: Sequence[_Guarded], heartbeat_s: float, stop: int) -> str:
                 return "left"
             continue
         halves = (halves + 1) % 2
-        for each in guarded if halves == 0 else ():
-            each.revoke()
-            each.reset()
+        if halves == 0:
+            for each in guarded:
+                each.revoke()
+            _reset_once(guarded)
+
+
+def _reset_once(guarded: Sequence[_Guarded]) -> list[_Guarded]:
+    """Try to reset all, side by side, so that one that hangs keeps no other; returns those done."""
+    outcomes = deadline.results([each.begin_reset() for each in guarded])
+    return [each for each, outcome in zip(guarded, outcomes, strict=True) if outcome is True]
 
 
 def _reset_all(guarded: Sequence[_Guarded], *, owner_is_gone: bool) -> bool:
@@ -250,7 +256,7 @@ def _reset_all(guarded: Sequence[_Guarded], *, owner_is_gone: bool) -> bool:
         each.revoke()
     pending, delay_s, due_s = list(guarded), 0.1, time.monotonic() + RETRY_S
     while True:
-        done = [each for each in pending if each.reset()]
+        done = _reset_once(pending)
         for each in done if owner_is_gone else ():
             lease_record.remove_record(each.paths)
         pending = [each for each in pending if each not in done]
@@ -269,53 +275,6 @@ def _spare_from_oom() -> None:
             file.write("0")
 
 
-def _guard_node(arguments: Sequence[str]) -> int:
-    """Run as the node's guard: reset what dead owners left, every interval until stopped."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m agft_ray.gpu.guard")
-    parser.add_argument("--node", action="store_true", required=True)
-    parser.add_argument("--lease-dir", default=default_directory())
-    parser.add_argument("--interval-s", type=float, default=0.5)
-    options = parser.parse_args(arguments)
-    if not 0.01 <= options.interval_s <= 3600:
-        parser.error(f"--interval-s must be from 0.01 to 3600 s, got {options.interval_s}")
-    for backend in restore.BACKENDS:
-        with contextlib.suppress(GpuError):
-            restore.prepare(backend)
-    poll = _poll(_stop_signals())
-    failing: set[str] = set()
-    while not poll.poll(options.interval_s * 1000):
-        failing = _sweep(options.lease_dir, failing)
-    _sweep(options.lease_dir, failing)
-    return 0
-
-
-def _sweep(directory: str, failing: set[str]) -> set[str]:
-    """Log each reset, and each failure that is not among the `failing`; returns what fails now."""
-    try:
-        outcomes = sweep(directory)
-    except Exception as error:  # the service must survive what it cannot mend
-        outcomes = [(directory, error)]
-    failed = {uuid for uuid, outcome in outcomes if isinstance(outcome, Exception)}
-    for uuid, outcome in outcomes:
-        if uuid not in failing:
-            with contextlib.suppress(OSError):
-                words = f"not reset: {outcome}" if uuid in failed else outcome
-                print(f"{uuid}: {words}", file=sys.stderr, flush=True)
-    return failed
-
-
-def _stop_signals() -> int:
-    """A descriptor that becomes readable at the first signal to stop; none interrupts a reset."""
-    readable, writable = os.pipe()
-    os.set_blocking(writable, False)
-    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, lambda *_: None)
-    return readable
-
-
 def _silence() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (1, 2):
@@ -330,7 +289,9 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments:
         print(_USAGE, file=sys.stderr)
         return 2
-    return _guard_node(arguments)
+    from agft_ray.gpu import node_guard
+
+    return node_guard.run(arguments)
 
 
 if __name__ == "__main__":

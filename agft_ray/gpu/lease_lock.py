@@ -54,6 +54,13 @@ def close(fd: int) -> None:
         os.close(fd)
 
 
+def share(fd: int) -> int:
+    """Another descriptor of the same lock, which falls when both are closed."""
+    shared = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    _open_fds.add(shared)
+    return shared
+
+
 def is_in_place(paths: Paths, fd: int) -> bool:
     """Whether that lock still counts: its file was not removed or replaced."""
     with contextlib.suppress(OSError):
