@@ -44,6 +44,6 @@ def _sweep(directory: str, failing: set[str]) -> set[str]:
     for uuid, outcome in outcomes:
         if uuid not in failing:
             with contextlib.suppress(OSError):
-                words = f"not reset: {outcome}" if uuid in failed else outcome
+                words = f"NOT reset: {outcome}" if uuid in failed else outcome
                 print(f"{uuid}: {words}", file=sys.stderr, flush=True)
     return failed

@@ -382,7 +382,7 @@ def test_the_nodes_guard_resets_what_dead_ones_left_and_nothing_else(path, direc
     assert sum(line.startswith("GPU-0: reset what PID") for line in lines) == 2
     assert (
         next(line for line in lines if line.startswith("GPU-2"))
-        == "GPU-2: not reset: 'clock_calls'"
+        == "GPU-2: NOT reset: 'clock_calls'"
     )
     assert lines[-1].startswith("GPU-1: reset what PID")
     assert len(lines) <= 5

@@ -380,16 +380,16 @@ def test_the_command_resets_what_dead_owners_left(directory, path, tmp_path, cap
     code, out = run(capsys, "GPU-0", "GPU-1", *where)
     assert code == 1
     assert "GPU-0: no lease, nothing to reset\n" in out
-    assert "GPU-1: not reset: in use by PID" in out
+    assert "GPU-1: NOT reset: in use by PID" in out
     living.check()
     code, out = run(capsys, "--all", "--force", *where)
-    assert (code, out) == (0, "GPU-1: reset, and barred for a minute\n")
+    assert (code, out) == (0, f"GPU-1: reset, and barred for a minute\n{module.FORCED}\n")
     assert locked_mhz(living_path) is None
     assert living.is_lost()
     with pytest.raises(LeaseHeldError, match="barred"):
         living.renew()
     living.release()
-    assert run(capsys, "--all", *where) == (0, "")
+    assert run(capsys, "--all", *where) == (0, f"no leases in {directory}: nothing to reset\n")
 
 
 def test_the_command_forces_a_gpu_without_a_record_by_nvml(fake, directory, capsys):
@@ -426,6 +426,6 @@ def test_an_untrusted_directory_is_one_line(directory, capsys):
     directory.mkdir(mode=0o755)
     code, out = run(capsys, "--all", "--lease-dir", directory)
     assert code == 1
-    assert out.startswith("leases: not reset: lease files: ")
+    assert out.startswith("leases: NOT reset: lease files: ")
     with pytest.raises(GpuPermissionError):
         reset_gpus(str(directory), None, False)
