@@ -11,7 +11,7 @@ import pytest
 from lease_tools import (
     Owner,
     acquire,
-    acquire_within_5_s,
+    acquire_soon,
     clock_calls,
     lock_clocks,
     locked_mhz,
@@ -68,44 +68,54 @@ def test_the_owner_gone_means_a_reset_of_all_its_gpus(path, directory, tmp_path,
     assert sorted(os.listdir(directory)) == ["GPU-0.lock", "GPU-1.lock"]
 
 
+HEARTBEAT_S = 2.0
+"""Eight times the least time between two beats: an owner that is slowed down must not miss it."""
+SLACK_S = 3.0
+"""On top of a heartbeat, which is the promise on a machine that has time for the guard."""
+
+
 def test_a_hanging_owner_loses_clocks_and_lease_but_not_the_lock(path, directory):
-    with Owner(directory, path, heartbeat_s=0.3) as owner:
-        time.sleep(0.6)
-        assert locked_mhz(path) == 900, "it beats, so nothing happens"
+    hangs_s = HEARTBEAT_S + SLACK_S
+    with Owner(directory, path, heartbeat_s=HEARTBEAT_S) as owner:
+        assert not within(1.3 * HEARTBEAT_S, lambda: locked_mhz(path) != 900), "though it beats"
         owner.kill(signal.SIGSTOP)
-        assert within(1.0, lambda: locked_mhz(path) is None)
+        assert within(hangs_s, lambda: locked_mhz(path) is None)
         assert leases(directory)[0].revoked
         with pytest.raises(LeaseHeldError, match=f"held by PID {owner.pid} .app#llm replica 1."):
             acquire(directory, path)
         lock_clocks(path)  # the write that it was stopped before
-        assert within(1.0, lambda: locked_mhz(path) is None), "reset again while it hangs"
+        assert within(hangs_s, lambda: locked_mhz(path) is None), "reset again while it hangs"
         owner.kill(signal.SIGCONT)
-        assert within(1.0, lambda: runs(owner.guard_pid))
-        time.sleep(0.4)
+        assert runs(owner.guard_pid)
+        beats_again_s = time.monotonic() + 0.5 * HEARTBEAT_S
+        assert within(5.0, lambda: time.monotonic() > beats_again_s)
         lock_clocks(path)
-        time.sleep(0.5)
-        assert locked_mhz(path) == 900, "it beats again"
+        assert not within(1.3 * HEARTBEAT_S, lambda: locked_mhz(path) != 900), "it beats again"
         owner.kill(signal.SIGSTOP)
-        assert within(1.0, lambda: locked_mhz(path) is None), "armed again"
+        assert within(hangs_s, lambda: locked_mhz(path) is None), "armed again"
 
 
 def test_an_owner_that_hung_notices_and_renews(path, lease):
-    guard = Guard.start([lease], heartbeat_s=0.2)
+    guard = Guard.start([lease], heartbeat_s=0.5)
     lock_clocks(path)
     assert not lease.is_lost()
-    assert within(1.0, lambda: lease.is_lost() and locked_mhz(path) is None)
-    assert within(
-        1.0, lambda: not (lease.renew(), guard.beat(), time.sleep(0.02), lease.is_lost())[3]
-    )
+    assert within(10.0, lambda: lease.is_lost() and locked_mhz(path) is None)
+
+    def renew():
+        lease.renew()
+        guard.beat()
+        return not lease.is_lost()
+
+    assert within(10.0, renew)
     guard.release()
 
 
 def test_the_first_beat_counts_from_the_start(path, lease):
+    asked_s = time.monotonic()
     guard = Guard.start([lease], heartbeat_s=0.4)
-    started_s = time.monotonic()
     lock_clocks(path)
-    assert within(2.0, lambda: locked_mhz(path) is None)
-    assert 0.3 < time.monotonic() - started_s < 0.9
+    assert within(0.4 + SLACK_S, lambda: locked_mhz(path) is None), "no beat was needed to arm it"
+    assert time.monotonic() - asked_s >= 0.4
     guard.release()
 
 
@@ -128,7 +138,7 @@ def test_guard_and_owner_killed_means_a_reset_by_the_next_owner(path, directory,
         with pytest.raises(LeaseHeldError):
             acquire(directory, path)
         owner.kill()
-        acquire_within_5_s(directory, path).release()
+        acquire_soon(directory, path).release()
     assert locked_mhz(path) is None
 
 
@@ -167,7 +177,7 @@ def test_the_lock_is_the_guards_until_it_has_reset(path, directory, lease):
         assert sweep(directory) == []
     finally:
         os.kill(guard.pid, signal.SIGCONT)
-    acquire_within_5_s(directory, path).release()
+    acquire_soon(directory, path).release()
     assert locked_mhz(path) is None
 
 
@@ -228,7 +238,7 @@ def test_a_forked_child_of_the_owner_does_not_keep_the_pipe_open(path, directory
         guard._close()
         lease.abandon()
         assert within(1.0, lambda: locked_mhz(path) is None)
-        acquire_within_5_s(directory, path).release()
+        acquire_soon(directory, path).release()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -276,7 +286,7 @@ def test_what_the_owner_leaves_is_reset_by_the_guard_and_then_free(path, directo
     with pytest.raises(LeaseHeldError):
         acquire(directory, path)
     replace_content(path, content)
-    acquire_within_5_s(directory, path).release()
+    acquire_soon(directory, path).release()
     assert locked_mhz(path) is None
     assert within(2.0, lambda: not runs(guard.pid))
 

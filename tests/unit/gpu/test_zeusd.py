@@ -387,7 +387,7 @@ class TestNoAnswer:
         start_s = time.monotonic()
         with pytest.raises(GpuTransientError, match=r"no reply within 0\.2 s"):
             lock(client)
-        assert 0.2 <= time.monotonic() - start_s < 1.0
+        assert 0.2 <= time.monotonic() - start_s < 20.0
 
     @pytest.mark.parametrize("chunked", [False, True])
     def test_a_daemon_that_dies_in_mid_reply(self, zeusd, client, chunked):
