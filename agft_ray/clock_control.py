@@ -10,6 +10,7 @@ from agft_ray.errors import (
     GpuError,
     GpuNotSupportedError,
     GpuPermissionError,
+    GpuUnavailableError,
     LeaseHeldError,
     LeaseLostError,
 )
@@ -22,8 +23,11 @@ CLOCK_TOLERANCE = 0.02
 """How far the SM clock of a busy GPU may lie from the lock, as a share of it."""
 MISMATCHES_TO_DROP = 2
 """Windows in a row that ended off their lock after which an arm counts as not kept by the GPU."""
-MISMATCHES_TO_YIELD = 4
-"""The same on whatever arms, after which somebody else is taken to set clocks."""
+FAILURES_TO_WITHDRAW = 4
+"""Arms in a row, or the same one again, that the GPU did not keep, or refused, after which it is
+taken to keep none."""
+
+_REFUSED = (GpuPermissionError, GpuNotSupportedError, GpuUnavailableError)
 
 
 class ClockControl:
@@ -47,7 +51,7 @@ class ClockControl:
         self.reason = ""
         self.dropped: set[int] = set()
         """Arms that the GPU does not keep or offer, whatever it says."""
-        self._mismatches = 0
+        self._mismatches = self._refusals = 0  # in a row
         self._touched = False  # clocks are locked by us, or may be: a call may fail after it acted
 
     @property
@@ -56,7 +60,7 @@ class ClockControl:
 
     def restart(self) -> None:
         """Forget refusals: new settings may have changed what they were about."""
-        self.state, self.reason, self._mismatches = "", "", 0
+        self.state, self.reason, self._mismatches, self._refusals = "", "", 0, 0
         self.dropped.clear()
 
     def take(self, settle_s: float) -> bool:
@@ -65,10 +69,10 @@ class ClockControl:
             return False
         try:
             self._claim()
-        except LeaseHeldError as error:
+        except (LeaseHeldError, LeaseLostError) as error:
             self._stand_by(str(error))
             return False
-        except (GpuPermissionError, GpuNotSupportedError) as error:
+        except _REFUSED as error:
             self._withdraw("refused", str(error))
             return False
         self.state, self.reason = "", ""
@@ -95,6 +99,9 @@ class ClockControl:
         """
         if arm == self.locked and not self.reset_due:
             return
+        if arm in self.dropped and arm != self.locked:
+            self._count_refusal(arm, "it was dropped, and there is no other")
+            return
         try:
             if arm is None:
                 self._gpu.reset()
@@ -104,15 +111,17 @@ class ClockControl:
         except GpuArgumentError as error:
             if arm is None:
                 raise
-            log.warning("arm %d is dropped: %s", arm, error)
             self.dropped.add(arm)
+            self._count_refusal(arm, str(error))
             return
         except LeaseLostError as error:
             self._forget(error)
             return
-        except (GpuPermissionError, GpuNotSupportedError) as error:
+        except _REFUSED as error:
             self._withdraw("refused", str(error))
             return
+        if arm is not None:
+            self._refusals = 0
         self.changes += arm != self.locked
         self.locked, self.reset_due, self._touched = arm, False, arm is not None
         self.settled_s = self._clock.now_s() + settle_s
@@ -122,8 +131,9 @@ class ClockControl:
         clocks it clamps, and for locks that somebody else replaces a moment later.
 
         One mismatch has the lock set again (a reloaded driver forgets it). A second one below the
-        lock drops the arm. Clocks above the lock, or one arm after another off, mean that somebody
-        else sets them: then we yield, without a reset that would undo what they did.
+        lock drops the arm, and a GPU that keeps one arm after another no better is reset and let
+        alone. Clocks above the lock mean that it is not in force, so that somebody else sets them:
+        then we yield, without a reset that would undo what they did.
         """
         if self.locked is None or not self._is_evidence(reading):
             return
@@ -134,9 +144,13 @@ class ClockControl:
         self._mismatches += 1
         found = f"locked at {self.locked} MHz, running at {reading.sm_clock_mhz} MHz"
         log.warning("%s (%d in a row)", found, self._mismatches)
-        above = off_mhz > 0 and self._mismatches >= MISMATCHES_TO_DROP
-        if above or self._mismatches >= MISMATCHES_TO_YIELD:
+        if off_mhz > 0 and self._mismatches >= MISMATCHES_TO_DROP:
             self._yield(found)
+        elif self._mismatches >= FAILURES_TO_WITHDRAW:
+            self._withdraw(
+                "refused",
+                f"{found}: the GPU keeps no clock; see its limits, then send new settings",
+            )
         elif self._mismatches % MISMATCHES_TO_DROP == 0:
             self.dropped.add(self.locked)
         else:
@@ -150,14 +164,14 @@ class ClockControl:
             and not reading.event_reasons & limits
         )
 
-    def let_go(self) -> bool:
+    def let_go(self, *, for_good: bool = False) -> bool:
         """Reset the clocks if they are or may be ours, and give the right back; False if the reset
-        fails."""
-        if self._touched and not self.reset():
-            return False
-        self._gpu.release()
-        self.reset_due = True
-        return True
+        fails. Then the right is kept, for another try, unless this is the last one."""
+        is_reset = not self._touched or self.reset()
+        if is_reset or for_good:
+            self._gpu.release()
+            self.reset_due = True
+        return is_reset
 
     def reset_own(self) -> None:
         """Reset the clocks if they are or may be ours."""
@@ -174,6 +188,14 @@ class ClockControl:
             return False
         self.locked, self.reset_due, self._touched = None, False, False
         return True
+
+    def _count_refusal(self, arm: Arm, why: str) -> None:
+        self._refusals += 1
+        log.warning("arm %s is not set: %s", arm, why)
+        if self._refusals >= FAILURES_TO_WITHDRAW:
+            self._withdraw(
+                "refused", f"the GPU takes none of its clocks, the last was {arm}: {why}"
+            )
 
     def _stand_by(self, reason: str) -> None:
         if self.state != "held":

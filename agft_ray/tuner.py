@@ -186,7 +186,7 @@ class Tuner:
                 except Exception as error:
                     yield self._after_fault(error)
         finally:
-            if self.control.let_go() and self.state not in ("gpu lost", "fault"):
+            if self.control.let_go(for_good=True) and self.state not in ("gpu lost", "fault"):
                 self.state = "stopped"
 
     def _step(self) -> Iterator[float]:

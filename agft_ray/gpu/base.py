@@ -43,7 +43,11 @@ class Gpu(Protocol):
         ...
 
     def release(self) -> None:
-        """Give the right back, after a `reset`; safe to call without it."""
+        """Give the right back, after a `reset`; safe to call without it.
+
+        Without one what was locked stays; after one that failed, whoever watches over the right
+        tries on.
+        """
         ...
 
     def read(self) -> GpuSample:
@@ -61,5 +65,6 @@ class Gpu(Protocol):
         ...
 
     def reset(self) -> None:
-        """Return to default clocks; safe to call at any time, any number of times."""
+        """Return to default clocks; safe to call at any time, any number of times. Without the
+        right to lock it may touch nothing."""
         ...

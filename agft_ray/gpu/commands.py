@@ -6,15 +6,11 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from agft_ray.errors import AgftError, ConfigError
+from agft_ray.errors import ConfigError
+from agft_ray.gpu import restore
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-
-FORCED = (
-    "Tuners are kept off for a minute and then come back, unless their mode is changed to observe "
-    "or off."
-)
 
 
 def add_commands(commands: Commands) -> None:
@@ -41,10 +37,7 @@ def add_commands(commands: Commands) -> None:
     doctor.set_defaults(command=_doctor)
 
     reset = commands.add_parser("reset", help="reset the clocks that dead owners left locked")
-    reset.add_argument("uuids", nargs="*", metavar="UUID")
-    reset.add_argument("--all", action="store_true", help="all GPUs that have a lease")
-    reset.add_argument("--force", action="store_true", help=f"from living owners as well. {FORCED}")
-    reset.add_argument("--lease-dir", metavar="DIR")
+    restore.add_arguments(reset)
     reset.set_defaults(command=_reset)
 
 
@@ -74,22 +67,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _reset(arguments: argparse.Namespace) -> int:
-    from agft_ray.gpu.lease_directory import default_directory
-    from agft_ray.gpu.restore import is_uuid, reset_gpus
-
-    if arguments.all == bool(arguments.uuids):
-        raise ConfigError("reset", ["either --all or UUIDs: give one of them"])
-    if wrong := [uuid for uuid in arguments.uuids if not is_uuid(uuid)]:
-        raise ConfigError("reset", [f"UUID: {name!r:.80} is no GPU's UUID" for name in wrong])
-    directory = arguments.lease_dir or default_directory()
-    try:
-        outcomes = reset_gpus(directory, arguments.uuids or None, arguments.force)
-    except AgftError as error:
-        outcomes = [("leases", error)]
-    for uuid, outcome in outcomes:
-        print(f"{uuid}: {'NOT reset: ' if isinstance(outcome, Exception) else ''}{outcome}")
-    if not outcomes:
-        print(f"no leases in {directory}: nothing to reset")
-    elif arguments.force:
-        print(FORCED)
-    return int(any(isinstance(outcome, Exception) for _, outcome in outcomes))
+    if problem := restore.usage_problem(arguments):
+        raise ConfigError("reset", [problem])
+    return restore.run(arguments)

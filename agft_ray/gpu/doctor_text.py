@@ -42,8 +42,7 @@ def lines(findings: Findings) -> Iterator[str]:
         yield from ("", *_wrapped(f"PROBLEM: {problem}"))
     if findings.node.versions is None or not findings.gpus:
         yield from _wrapped(WITHOUT_GPU)
-    if not all(gpu.can_control for gpu in findings.gpus):
-        yield from ("", *(line for way in WAYS for line in _wrapped(way, "     ")))
+    yield from ("", *(line for way in WAYS for line in _wrapped(way, "     ")))
     yield ""
     yield _verdict(findings)
 

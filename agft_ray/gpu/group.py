@@ -6,7 +6,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 
-from agft_ray.errors import GpuError, GpuNotSupportedError
+from agft_ray.errors import GpuError, GpuNotSupportedError, LeaseLostError
 from agft_ray.gpu.base import Gpu
 from agft_ray.types import Actuator, EventReason, GpuSample
 
@@ -14,8 +14,9 @@ from agft_ray.types import Actuator, EventReason, GpuSample
 class GpuGroup:
     """A tensor-parallel group as one `Gpu`: its ranks run in lock step, so they share a clock.
 
-    Claims, locks and resets all of them or none: where one fails, the others are rolled back and
-    the first error is raised. Readings are summed (power, energy); the clock is the slowest one's.
+    Claims, locks and resets all of them or none: where one fails, all are rolled back, those that
+    were claimed or locked before included, and the first error is raised. Readings are summed
+    (power, energy); the clock is the slowest one's.
 
     Raises `GpuNotSupportedError` if the GPUs differ in model or actuator or share no arm.
     """
@@ -49,14 +50,17 @@ class GpuGroup:
         return self._arms
 
     def claim(self) -> None:
-        claimed: list[Gpu] = []
+        lost: list[LeaseLostError] = []
         try:
             for gpu in self._members:
-                gpu.claim()
-                claimed.append(gpu)
-        except GpuError:
-            _all(claimed, _reset_and_release)
+                try:
+                    gpu.claim()
+                except LeaseLostError as error:
+                    lost.append(error)  # and renewed: not a reason to let go of the others
+        except BaseException:
+            _all(self._members, _reset_and_release)
             raise
+        _raise_first(lost)
 
     def release(self) -> None:
         _raise_first(_all(self._members, lambda gpu: gpu.release()))
@@ -107,8 +111,10 @@ def _worst(sources: Iterable[str], best: str) -> str:
 
 
 def _reset_and_release(gpu: Gpu) -> None:
-    gpu.reset()
-    gpu.release()
+    try:
+        gpu.reset()
+    finally:
+        gpu.release()
 
 
 def _all(gpus: Sequence[Gpu], act: Callable[[Gpu], None]) -> list[GpuError]:

@@ -6,48 +6,58 @@ end only the owner holds: the kernel closes it however the owner dies. Into it t
 beats; when they stay out, the guard takes the right back (see `gpu.lease`) and resets as well. It
 shares the locks of the leases, so nobody else gets a GPU before it is done.
 
-`python -m agft_ray.gpu.guard --node` serves the node: it resets what even a killed guard left.
+`python -m agft_ray.gpu.guard --node` serves the node: see `node_guard`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
-import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import NoReturn
 
 from agft_ray.errors import GpuError
-from agft_ray.gpu import lease_record, restore
-from agft_ray.gpu.lease import Lease, default_directory, revoke, sweep, undo
+from agft_ray.gpu import deadline, lease_lock, lease_record, restore
+from agft_ray.gpu.deadline import Job
+from agft_ray.gpu.lease import Lease, revoke, undo
 from agft_ray.gpu.lease_record import Paths
+from agft_ray.gpu.waiting import poller, stop_signals
 
 BEAT_S = 0.25
 """The least time between two beats."""
 RETRY_S = 10.0
 """How long a reset that fails is tried again before it is left to the node or the next owner."""
 
-_BEAT, _RELEASE = b"b", b"r"
+_BEAT, _RELEASE, _LEAVE = b"b", b"r", b"l"
 _USAGE = """usage: python -m agft_ray.gpu.guard --node [--lease-dir DIR] [--interval-s S]
 (the guard of one owner is started by that owner: agft_ray.gpu.guard.Guard.start)"""
+
+
+_open_guards: set[Guard] = set()
+
+
+def _close_in_child() -> None:
+    """A forked child that kept a pipe open would keep the guard from seeing our death."""
+    for guard in tuple(_open_guards):
+        guard._close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Guard:
     """The owner's handle on its guard process; the clocks are safe for as long as it runs."""
 
     def __init__(self, pid: int, pipe: int) -> None:
-        import threading
-
         self.pid = pid
         self._pipe: int | None = pipe
         self._using = threading.Lock()  # a pipe closed by one thread may be another's new file
         self._next_beat_s = 0.0
         os.set_blocking(pipe, False)
-        # A forked child that kept the pipe open would keep the guard from seeing our death.
-        os.register_at_fork(after_in_child=self._close)
+        _open_guards.add(self)
 
     @classmethod
     def start(cls, leases: Sequence[Lease], *, heartbeat_s: float = 5.0) -> Guard:
@@ -92,6 +102,12 @@ class Guard:
                 _reader_is_gone(self._pipe, 1.0)
                 self._close()
 
+    def leave(self) -> None:
+        """Leave a reset that failed to the guard: it tries on while this process lives, and for a
+        while after, then gives the lock back. For after the lease was abandoned; this handle is
+        then of no more use."""
+        self._write(_LEAVE)
+
     def _write(self, message: bytes) -> None:
         with self._using, contextlib.suppress(OSError):
             if self._pipe is not None:
@@ -101,6 +117,7 @@ class Guard:
         if self._pipe is not None:
             os.close(self._pipe)
             self._pipe = None
+            _open_guards.discard(self)
 
 
 class _Guarded:
@@ -115,6 +132,7 @@ class _Guarded:
         if record is None:
             raise GpuError(f"no lease record {path}")
         self._target = record.target
+        self._job: Job[bool] | None = None
         restore.prepare(record.target["backend"])
 
     def revoke(self) -> None:
@@ -127,9 +145,17 @@ class _Guarded:
         with contextlib.suppress(GpuError):
             revoke(self.paths)
 
-    def reset(self) -> bool:
+    def begin_reset(self) -> Job[bool]:
+        """Reset on a thread of its own, or go on waiting for one that hangs."""
+        if self._job is None or not self._job.runs:
+            self._job = Job(self._reset, f"reset of {self.paths.uuid}")
+        return self._job
+
+    def _reset(self) -> bool:
         """Whether it worked, or was not needed; a record that is gone or damaged is no excuse."""
         try:
+            if not lease_lock.is_in_place(self.paths, self.fd) and lease_lock.is_held(self.paths):
+                return True  # another owner's, by a lock file that replaced ours
             record = lease_record.believed_record(self.paths)
             self._target = self._target if record is None else record.target
             undo(self._target)
@@ -167,14 +193,7 @@ def _spawn(leases: Sequence[Lease], heartbeat_s: float) -> tuple[int, int]:
 
 
 def _reader_is_gone(pipe: int, timeout_s: float) -> bool:
-    return bool(_poll(pipe, events=0).poll(timeout_s * 1000))
-
-
-def _poll(*fds: int, events: int = select.POLLIN) -> select.poll:
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, events)
-    return poll
+    return bool(poller(pipe, events=0).poll(timeout_s * 1000))
 
 
 def _guard(arguments: Sequence[str]) -> NoReturn:
@@ -183,23 +202,28 @@ def _guard(arguments: Sequence[str]) -> NoReturn:
     guarded = [_Guarded(argument) for argument in arguments[1:]]
     if os.fork():
         os._exit(0)
-    stop = _stop_signals()
+    stop = stop_signals()
     print(os.getpid(), flush=True)
     _silence()
-    if (end := _watch(guarded, heartbeat_s, stop)) != "released":
-        _reset_all(guarded, owner_is_dead=end == "dead")
+    _spare_from_oom()
+    if (end := _watch(guarded, heartbeat_s, stop)) == "left":
+        while not _reset_all(guarded, owner_is_gone=True) and not poller(0, stop).poll(0):
+            pass
+    elif end != "released":
+        _reset_all(guarded, owner_is_gone=end == "dead")
     for each in guarded:  # before the pipe, whose end the owner waits for
         os.close(each.fd)
     os._exit(0)
 
 
 def _watch(guarded: Sequence[_Guarded], heartbeat_s: float, stop: int) -> str:
-    """Until the owner is "dead" or has "released" us, or we are "stopped"; reset while it hangs.
+    """Until the owner is "dead", has "released" us or "left" us what it could not reset, or we are
+    "stopped"; reset while it hangs.
 
     Hanging is two halves of `heartbeat_s` without a beat: should the whole machine be paused,
     only one of them passes unnoticed.
     """
-    poll, halves = _poll(0, stop), 0
+    poll, halves = poller(0, stop), 0
     while True:
         ready = {fd for fd, _ in poll.poll(heartbeat_s * 500)}
         if stop in ready:
@@ -208,75 +232,47 @@ def _watch(guarded: Sequence[_Guarded], heartbeat_s: float, stop: int) -> str:
             message, halves = os.read(0, 65536), 0
             if not message or _RELEASE in message:
                 return "released" if message else "dead"
+            if _LEAVE in message:
+                return "left"
             continue
         halves = (halves + 1) % 2
-        for each in guarded if halves == 0 else ():
-            each.revoke()
-            each.reset()
+        if halves == 0:
+            for each in guarded:
+                each.revoke()
+            _reset_once(guarded)
 
 
-def _reset_all(guarded: Sequence[_Guarded], *, owner_is_dead: bool) -> None:
-    """Reset, for `RETRY_S` if need be. The record of an owner that may live stays: it may lock
-    again before it notices that nobody guards it."""
-    for each in guarded:
+def _reset_once(guarded: Sequence[_Guarded]) -> list[_Guarded]:
+    """Try to reset all, side by side, so that one that hangs keeps no other; returns those done."""
+    outcomes = deadline.results([each.begin_reset() for each in guarded])
+    return [each for each, outcome in zip(guarded, outcomes, strict=True) if outcome is True]
+
+
+def _reset_all(guarded: Sequence[_Guarded], *, owner_is_gone: bool) -> bool:
+    """Reset, for `RETRY_S` if need be; whether all could be. The record of an owner that may live
+    stays, revoked: it may lock again before it notices that nobody guards it. A dead one's needs
+    no revoking, whose way to the disk would delay the reset."""
+    for each in () if owner_is_gone else guarded:
         each.revoke()
     pending, delay_s, due_s = list(guarded), 0.1, time.monotonic() + RETRY_S
     while True:
-        done = [each for each in pending if each.reset()]
-        for each in done if owner_is_dead else ():
+        done = _reset_once(pending)
+        for each in done if owner_is_gone else ():
             lease_record.remove_record(each.paths)
         pending = [each for each in pending if each not in done]
         if not pending or time.monotonic() + delay_s > due_s:
-            return
+            return not pending
         time.sleep(delay_s)
         delay_s *= 2
 
 
-def _guard_node(arguments: Sequence[str]) -> int:
-    """Run as the node's guard: reset what dead owners left, every interval until stopped."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m agft_ray.gpu.guard")
-    parser.add_argument("--node", action="store_true", required=True)
-    parser.add_argument("--lease-dir", default=default_directory())
-    parser.add_argument("--interval-s", type=float, default=0.5)
-    options = parser.parse_args(arguments)
-    if not 0.01 <= options.interval_s <= 3600:
-        parser.error(f"--interval-s must be from 0.01 to 3600 s, got {options.interval_s}")
-    for backend in restore.BACKENDS:
-        with contextlib.suppress(GpuError):
-            restore.prepare(backend)
-    poll = _poll(_stop_signals())
-    failing: set[str] = set()
-    while not poll.poll(options.interval_s * 1000):
-        failing = _sweep(options.lease_dir, failing)
-    _sweep(options.lease_dir, failing)
-    return 0
-
-
-def _sweep(directory: str, failing: set[str]) -> set[str]:
-    """Log each reset, and each failure that is not among the `failing`; returns what fails now."""
-    try:
-        outcomes = sweep(directory)
-    except Exception as error:  # the service must survive what it cannot mend
-        outcomes = [(directory, error)]
-    failed = {uuid for uuid, outcome in outcomes if isinstance(outcome, Exception)}
-    for uuid, outcome in outcomes:
-        if uuid not in failing:
-            with contextlib.suppress(OSError):
-                words = f"not reset: {outcome}" if uuid in failed else outcome
-                print(f"{uuid}: {words}", file=sys.stderr, flush=True)
-    return failed
-
-
-def _stop_signals() -> int:
-    """A descriptor that becomes readable at the first signal to stop; none interrupts a reset."""
-    readable, writable = os.pipe()
-    os.set_blocking(writable, False)
-    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, lambda *_: None)
-    return readable
+def _spare_from_oom() -> None:
+    """Ray has the kernel kill its workers first when memory is short, and children inherit that:
+    the guard must not be killed along with its owner."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/oom_score_adj", "r+") as file:
+        if int(file.read()) > 0:
+            file.seek(0)
+            file.write("0")
 
 
 def _silence() -> None:
@@ -293,7 +289,9 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments:
         print(_USAGE, file=sys.stderr)
         return 2
-    return _guard_node(arguments)
+    from agft_ray.gpu import node_guard
+
+    return node_guard.run(arguments)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Standard library only: the clock guard is a small process.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -25,7 +26,8 @@ from agft_ray.errors import (
     LeaseHeldError,
     LeaseLostError,
 )
-from agft_ray.gpu import lease_lock, lease_record
+from agft_ray.gpu import deadline, lease_lock, lease_record
+from agft_ray.gpu.deadline import Job
 from agft_ray.gpu.lease_directory import Path, make_directory
 from agft_ray.gpu.lease_directory import default_directory as default_directory
 from agft_ray.gpu.lease_info import LeaseInfo as LeaseInfo
@@ -74,7 +76,8 @@ class Lease:
         Raises `LeaseHeldError` naming the holder, or if the GPU is barred; `GpuPermissionError`
         if directory or lock file may not be trusted; `GpuTransientError` if no record can be
         written; what `restore` and `make_target` raise. No lock is held after an error, and what
-        could not be reset still has its record.
+        could not be reset still has its record. After a reset that hangs, `GpuTransientError`, the
+        lock falls when it returns.
         """
         if not (owner.isprintable() and len(owner) <= OWNER_LENGTH):
             raise GpuArgumentError(
@@ -88,7 +91,7 @@ class Lease:
             if fd is None:
                 raise LeaseHeldError(holder(paths))
             on_error.callback(lease_lock.close, fd)
-            target = check_target(_clear(paths, make_target, restore))
+            target = check_target(_clear(paths, fd, make_target, restore))
             lease = cls(paths, fd, target, owner)
             on_error.pop_all()
         try:
@@ -161,10 +164,12 @@ class Lease:
             lease_lock.close(self.fd)
             self.fd = -1
 
+    def is_anothers(self) -> bool:
+        """Whether another process has the right, by a lock file that replaced ours."""
+        return not self._is_in_place() and lease_lock.is_held(self._paths)
+
     def _is_in_place(self) -> bool:
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.fstat(self.fd), os.lstat(self._paths.lock))
-        return False
+        return lease_lock.is_in_place(self._paths, self.fd)
 
 
 def sweep(
@@ -173,30 +178,31 @@ def sweep(
     """Reset what dead owners left locked (of all GPUs, or of `uuids`), and remove their records.
 
     Returns what was done for each, or the exception, after which the record is still there. A
-    GPU whose lock is held is left alone. Raises `GpuPermissionError` for an untrusted directory.
+    GPU whose lock is held is left alone. They are reset side by side, and one that hangs is waited
+    for no longer than `deadline.DEADLINE_S`; its lock is held until it returns, so that a late
+    reset meets no new owner. Raises `GpuPermissionError` for an untrusted directory.
     """
-    outcomes: list[Outcome] = []
-    for paths in recorded(directory):
-        if uuids is None or paths.uuid in uuids:
-            try:
-                outcome: str | Exception | None = _sweep_one(paths, restore)
-            except Exception as error:
-                outcome = error
-            if outcome is not None:
-                outcomes.append((paths.uuid, outcome))
-    return outcomes
+    swept = [paths for paths in recorded(directory) if uuids is None or paths.uuid in uuids]
+    jobs = [
+        Job(functools.partial(_sweep_one, each, restore), f"reset of {each.uuid}") for each in swept
+    ]
+    outcomes = deadline.results(jobs)
+    found = zip(swept, outcomes, strict=True)
+    return [(paths.uuid, outcome) for paths, outcome in found if outcome is not None]
 
 
 def force(directory: Path, uuid: str, *, bar_s: float = 60.0, restore: Restore = restore) -> None:
     """Reset a GPU even with a living owner, whose lease is lost, and bar it for `bar_s` seconds.
 
     Where no record says how, it is tried by NVML. Raises what `restore` does, `GpuTransientError`
-    if bar or record cannot be written, `GpuPermissionError` for an untrusted directory.
+    if it hangs or if bar or record cannot be written, `GpuPermissionError` for an untrusted
+    directory.
     """
     make_directory(directory)
     paths = Paths.of(directory, uuid)
     lease_record.bar(paths, bar_s)
-    undo(revoke(paths) or nvml_target(uuid), restore)
+    target = revoke(paths) or nvml_target(uuid)
+    Job(lambda: undo(target, restore), f"reset of {uuid}").result(deadline.DEADLINE_S)
     _sweep_one(paths, lambda target: None)  # a dead owner's record: its clocks are reset by now
 
 
@@ -215,18 +221,31 @@ def undo(target: Target, restore: Restore = restore) -> None:
         restore(target)
 
 
-def _clear(paths: Paths, make_target: Callable[[], Target], restore: Restore) -> Target:
-    """Undo what a dead owner left; the lock is ours."""
+def _clear(paths: Paths, fd: int, make_target: Callable[[], Target], restore: Restore) -> Target:
+    """Undo what a dead owner left; the lock `fd` is ours."""
     try:
         record = lease_record.read_record(paths)
     except DamagedRecordError:
         target = make_target()
-        undo(target, restore)
+        _undo_under(fd, target, restore)
         lease_record.set_aside(paths)
         return target
     if record is not None and record.is_of_this_boot:
-        undo(record.target, restore)
+        _undo_under(fd, record.target, restore)
     return make_target()
+
+
+def _undo_under(fd: int, target: Target, restore: Restore) -> None:
+    """`undo`, waited for no longer than a deadline; the lock is held until it returns."""
+    shared = lease_lock.share(fd)
+
+    def undo_and_close() -> None:
+        try:
+            undo(target, restore)
+        finally:
+            lease_lock.close(shared)
+
+    Job(undo_and_close, f"reset of {target['uuid']}").result(deadline.DEADLINE_S)
 
 
 def _sweep_one(paths: Paths, restore: Restore) -> str | None:

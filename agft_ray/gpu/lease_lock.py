@@ -54,6 +54,20 @@ def close(fd: int) -> None:
         os.close(fd)
 
 
+def share(fd: int) -> int:
+    """Another descriptor of the same lock, which falls when both are closed."""
+    shared = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    _open_fds.add(shared)
+    return shared
+
+
+def is_in_place(paths: Paths, fd: int) -> bool:
+    """Whether that lock still counts: its file was not removed or replaced."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(fd), os.lstat(paths.lock))
+    return False
+
+
 def is_held(paths: Paths) -> bool:
     """Whether somebody has the lock. Looking takes it for a moment, shared."""
     try:

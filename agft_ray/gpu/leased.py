@@ -92,22 +92,27 @@ class LeasedGpu:
             raise
 
     def reset(self) -> None:
-        self._reset_failed = True
-        self._gpu.reset()
-        self._is_due = self._reset_failed = False
+        """See `Gpu.reset`; without leases the GPUs may be another owner's, and are not touched."""
+        if self._leases:
+            self._reset_failed = True
+            self._gpu.reset()
+            self._is_due = self._reset_failed = False
 
     def release(self) -> None:
-        """Give the leases back; where what we locked could not be reset, their records stay, so
-        that whoever can reset it knows that it is due."""
+        """Give the leases back. Where what we locked could not be reset, the guard inherits them
+        and tries on; their records stay until it is done, for whoever else can reset."""
+        for lease in self._leases if self._is_stuck else ():
+            lease.abandon()
         if self._guard is not None:
-            self._guard.release()
+            if self._is_stuck:
+                self._guard.leave()
+            else:
+                self._guard.release()
             self._guard = None
         for lease in self._leases:
-            if self._is_stuck:
-                lease.abandon()
-            else:
-                lease.release()
+            lease.release()
         self._leases.clear()
+        self._is_due = self._reset_failed = False
 
     def sweep(self) -> None:
         """Reset the clocks of every GPU of this node whose owner died without it; what fails is
@@ -135,7 +140,7 @@ class LeasedGpu:
                     self._directory, gpu.uuid, _claimed_target(gpu), owner=self._owner
                 )
                 self._leases.append(lease)
-        except GpuError:
+        except BaseException:
             self.release()
             raise
 
@@ -146,14 +151,26 @@ class LeasedGpu:
         try:
             for lease in lost:
                 lease.renew()
-        except GpuError:
-            self.release()
+        except BaseException:
+            self._let_go()
             raise
         self.reset()
         raise LeaseLostError(
             f"the lease of {self.uuid} was taken back, and the clocks were reset: this process "
             "hung, or an operator forced it; the lease is renewed"
         )
+
+    def _let_go(self) -> None:
+        """Reset what we locked and is ours yet, and release: whoever took a lease back may not
+        have been able to reset."""
+        for gpu, lease in zip(self._parts, self._leases, strict=True):
+            if self._is_due and not lease.is_anothers():
+                try:
+                    gpu.reset()
+                except GpuError:
+                    self._reset_failed = True
+                    log.exception("clocks of %s could not be reset", gpu.uuid)
+        self.release()
 
     def _check(self) -> None:
         if not self._leases:

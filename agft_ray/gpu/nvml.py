@@ -3,7 +3,8 @@
 The only module that imports pynvml. Setting takes root or CAP_SYS_ADMIN, reading takes nothing;
 so the setting is substituted (`ClockWriter`) where a privileged daemon does it.
 
-NVML calls run on one thread of the process, within a deadline. After a call that failed in a way
+NVML calls run on one thread of the process, within a deadline (but for what dead owners left: see
+`restore`, and `deadline`). After a call that failed in a way
 that may pass, NVML is initialised anew before the next call; nothing is tried again by itself.
 """
 

@@ -25,6 +25,11 @@ from agft_ray.gpu.nvml_errors import gpu_error
 
 Target = dict[str, Any]
 
+FORCED = (
+    "Tuners are kept off for a minute and then come back, unless their mode is changed to observe "
+    "or off."
+)
+
 BACKENDS = ("nvml", "zeusd", "simulated")
 
 _UUID = re.compile(r"[A-Za-z0-9-]{1,96}")
@@ -234,34 +239,55 @@ def _forced(directory: str, uuid: str) -> Outcome:
     return uuid, "reset, and barred for a minute"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: one line a GPU; 0 when all went well, 1 otherwise, 2 for bad usage."""
-    import argparse
+def add_arguments(parser: Any) -> None:
+    """Of this command, and of `agft-ray reset`, which is the same."""
+    parser.add_argument("uuids", nargs="*", metavar="UUID", help="GPUs")
+    parser.add_argument("--all", action="store_true", help="all GPUs that have a lease")
+    parser.add_argument(
+        "--force", action="store_true", help=f"from living owners as well. {FORCED}"
+    )
+    parser.add_argument("--lease-dir", metavar="DIR", help="the directory of the leases")
 
-    from agft_ray.gpu import lease
+
+def usage_problem(options: Any) -> str:
+    """What is wrong with the arguments given, or ""."""
+    if options.all == bool(options.uuids):
+        return "either --all or UUIDs: give one of them"
+    wrong = [f"{uuid!r:.80} is no GPU's UUID" for uuid in options.uuids if not is_uuid(uuid)]
+    return "; ".join(wrong)
+
+
+def run(options: Any) -> int:
+    """Reset, and print one line a GPU; 0 when all went well, else 1."""
+    from agft_ray.gpu.lease_directory import default_directory
+
+    directory = options.lease_dir or default_directory()
+    try:
+        outcomes = reset_gpus(directory, options.uuids or None, options.force)
+    except AgftError as error:
+        outcomes = [("leases", error)]
+    for uuid, outcome in outcomes:
+        print(f"{uuid}: {'NOT reset: ' if isinstance(outcome, Exception) else ''}{outcome}")
+    if not outcomes:
+        print(f"no leases in {directory}: nothing to reset")
+    elif options.force:
+        print(FORCED)
+    return int(any(isinstance(outcome, Exception) for _, outcome in outcomes))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 2 for bad usage."""
+    import argparse
 
     parser = argparse.ArgumentParser(
         prog="python -m agft_ray.gpu.restore",
         description="Reset the clocks that dead owners left locked.",
     )
-    parser.add_argument("uuids", nargs="*", metavar="UUID", help="GPUs")
-    parser.add_argument("--all", action="store_true", help="all GPUs that have a lease")
-    parser.add_argument("--force", action="store_true", help="from living owners as well")
-    parser.add_argument("--lease-dir", help="the directory of the leases")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
-    if options.all == bool(options.uuids):
-        parser.error("give either --all or UUIDs")
-    for uuid in options.uuids:
-        if not is_uuid(uuid):
-            parser.error(f"{uuid!r:.80} is no GPU UUID")
-    try:
-        directory = options.lease_dir or lease.default_directory()
-        outcomes = reset_gpus(directory, options.uuids or None, options.force)
-    except AgftError as error:
-        outcomes = [("leases", error)]
-    for uuid, outcome in outcomes:
-        print(f"{uuid}: {'not reset: ' if isinstance(outcome, Exception) else ''}{outcome}")
-    return int(any(isinstance(outcome, Exception) for _, outcome in outcomes))
+    if problem := usage_problem(options):
+        parser.error(problem)
+    return run(options)
 
 
 if __name__ == "__main__":

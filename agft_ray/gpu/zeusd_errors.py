@@ -28,17 +28,28 @@ _WAYS_OUT = {
     "root, in a container with CAP_SYS_ADMIN as well",
     404: CONTROL_IS_OFF,
 }
+_RESTART = "restart zeusd, as the driver was replaced under it"
 
-# GPU_IS_LOST and RESET_REQUIRED; codes without words are 28 GPU_NOT_FOUND, 24 FREQ_NOT_SUPPORTED.
-_LOST = re.compile(r"fallen off the bus|requires a reset")
-_NOT_VISIBLE = re.compile(r"variant value: 28\b")
-_BAD_ARGUMENT = re.compile(r"\binvalid\b|variant value: 24\b")
+# In order. Codes without words are 28 GPU_NOT_FOUND, 24 FREQ_NOT_SUPPORTED; 25 and 26 are versions
+# of the call. Versions of the binding differ in how GPU_IS_LOST is worded.
+_BY_WORDS: tuple[tuple[re.Pattern[str], type[GpuError]], ...] = (
+    (re.compile(r"f(ell|allen) off the bus|requires a reset"), GpuLostError),
+    (re.compile(r"variant value: 28\b"), GpuUnavailableError),
+    (re.compile(r"\binvalid\b|variant value: 24\b"), GpuArgumentError),
+    (
+        re.compile(
+            r"version mismatch|driver is not loaded|blocked by the operating system"
+            r"|couldn't be found|failed to load|variant value: 2[56]\b"
+        ),
+        GpuNotSupportedError,
+    ),
+)
 
 
 def refused(route: str, socket_path: str, reply: Reply) -> GpuError:
     """The exception for a reply whose status is not 200."""
     text = reply_text(reply)
-    way_out = _WAYS_OUT.get(reply.status)
+    way_out = _RESTART if "version mismatch" in text else _WAYS_OUT.get(reply.status)
     return _error_class(reply.status, text)(
         f"zeusd on {socket_path}: {route}: {reply.status}: {text or 'no reason given'}"
         + (f"; {way_out}" if way_out else "")
@@ -83,10 +94,7 @@ def _error_class(status: int, text: str) -> type[GpuError]:
         return GpuPermissionError
     if status == 404:
         return GpuNotSupportedError
-    if _LOST.search(text):
-        return GpuLostError
-    if _NOT_VISIBLE.search(text):
-        return GpuUnavailableError
-    if _BAD_ARGUMENT.search(text):
-        return GpuArgumentError
+    for words, error in _BY_WORDS:
+        if words.search(text):
+            return error
     return GpuTransientError if status >= 500 or status == 408 else GpuNotSupportedError

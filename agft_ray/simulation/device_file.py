@@ -163,7 +163,9 @@ def request_reset(path: Path) -> None:
     with DeviceFile(path).transaction() as state:
         called_s = max(now_s(state), state.get("t_s", 0.0))
         due = [change for change in state["pending_clock_changes"] if change[0] <= called_s]
-        state["pending_clock_changes"] = [*due, [called_s + RESET_DELAY_S, None]]
+        if not due or due[-1][1] is not None:  # else it is there already: the file has an end
+            due.append([called_s + RESET_DELAY_S, None])
+        state["pending_clock_changes"] = due
         state["locked_sm_clock_mhz"] = None
         state["clock_calls"] += 1
 

@@ -12,6 +12,7 @@ import pytest
 from agft_ray.clock import ManualClock, WallClock
 from agft_ray.errors import GpuArgumentError
 from agft_ray.gpu import nvml as nvml_backend
+from agft_ray.gpu.guard import Guard
 from agft_ray.gpu.leased import LeasedGpu
 from agft_ray.gpu.nvml import NvmlGpu
 from agft_ray.gpu.nvml_session import NvmlSession
@@ -51,23 +52,25 @@ def simulated(tmp_path, monkeypatch):
 
 
 def leased(tmp_path, monkeypatch):
-    path = tmp_path / "gpu.json"
-    DeviceFile.create(path, uuid="GPU-0", profile="rtx_a6000", model="llama-3.1-8b", speed=4.0)
-    # Real time: the guard is a process of its own.
-    gpu = LeasedGpu([SimulatedGpu(path)], directory=tmp_path / "leases", owner="a contract")
-    return gpu, lambda seconds: time.sleep(min(seconds, 1.0) / 4.0)
+    """In the simulated GPU's time; the guard is a process in real time, and must not stir."""
+    gpu, wait = simulated(tmp_path, monkeypatch)
+    start = Guard.start
+    monkeypatch.setattr(Guard, "start", lambda leases: start(leases, heartbeat_s=3600.0))
+    return LeasedGpu([gpu], directory=tmp_path / "leases", owner="a contract"), wait
 
 
 def nvml(tmp_path, monkeypatch):
-    """The NVML backend on a fake driver, in real time; its clocks take 90 ms to change."""
+    """The NVML backend on a fake driver; energy is in real time, clocks change when waited for."""
     use_in_pynvml(build(tmp_path))
     fake = FakeNvml(tmp_path / "node.nvml", gpus=1)
     monkeypatch.setenv("AGFT_FAKE_NVML", str(fake.path))
     monkeypatch.setattr(nvml_backend, "_SESSION", NvmlSession(pynvml))
-    fake.gpu(0).busy, fake.gpu(0).settle_s = 1, 0.09
+    fake.gpu(0).busy, fake.gpu(0).settle_s = 1, 3600.0
 
     def wait(seconds):
-        time.sleep(3 * seconds if seconds < 0.1 else min(seconds, 0.3))
+        time.sleep(min(seconds, 0.3))
+        if seconds >= LONGEST_DELAY_S:
+            fake.gpu(0).settle()
 
     return NvmlGpu(fake.gpu(0).uuid, clock=WallClock()), wait
 

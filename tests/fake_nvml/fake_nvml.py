@@ -295,6 +295,13 @@ class FakeGpu:
         with self._change() as state:
             state.event_reasons = reasons
 
+    def settle(self) -> None:
+        """Let a lock or reset that has had no effect yet have it now."""
+        with self._change() as state:
+            if state.change_ns:
+                state.change_ns = state.t_ns
+                state.advance()
+
     def fail(self, group: str, code: int, after: int = 0, times: int | None = None) -> None:
         """Let calls of a group (see `GROUPS`) return the NVML code; code 0 ends that.
 

@@ -407,6 +407,47 @@ def test_a_clock_that_the_gpu_clamps_is_set_again_once_and_then_dropped():
     assert all(o.arm in (None, 1005) for o in bench.policy.outcomes), "not what was observed"
 
 
+def test_a_gpu_that_keeps_no_arm_is_reset_and_let_alone():
+    """It holds less than asked whatever is asked: not a sign of somebody else."""
+    bench = Bench(1230, 1500)
+    bench.gpu.runs_at = lambda locked: 1100 if locked else 2100
+    bench.run(60.0)
+    assert (bench.tuner.state, bench.gpu.locked) == ("refused", None)
+    assert "1100" in bench.tuner.control.reason
+    assert bench.gpu.releases
+    assert len(bench.gpu.calls) <= 7
+
+
+@pytest.mark.parametrize("policy", [{"name": "fixed", "sm_clock_mhz": 1230}, None])
+def test_clocks_that_are_all_refused_are_not_tried_for_ever(policy):
+    bench = Bench(1230)
+    if policy:
+        bench.tuner.reconfigure(TunerConfig(policy=policy))
+    attempts = []
+
+    def refuse(arm):
+        attempts.append(arm)
+        raise GpuArgumentError("no such clock")
+
+    bench.gpu.lock = refuse
+    bench.run(200.0)
+    assert 1 <= len(attempts) <= 4
+    assert bench.gpu.locked is None
+    assert bench.records[-1].window is not None
+    if policy:
+        assert bench.tuner.state == "refused"
+        assert "no such clock" in bench.tuner.control.reason
+
+
+def test_the_right_is_given_back_at_the_end_even_if_the_reset_fails():
+    """Whoever watches the lease resets then: see `LeasedGpu.release`."""
+    bench = Bench(1230)
+    bench.run(6.0)
+    bench.gpu.reset_error = GpuTransientError("busy")
+    bench.loop.close()
+    assert bench.gpu.releases == 1
+
+
 def test_somebody_elses_lock_is_yielded_to_and_not_undone():
     bench = Bench(1230)
     bench.run(6.0)

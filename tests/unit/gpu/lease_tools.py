@@ -5,14 +5,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+from polling import wait_until, within
+
 from agft_ray.errors import LeaseHeldError
+from agft_ray.gpu import lease_record
 from agft_ray.gpu.lease import Lease
 from agft_ray.simulation.device_file import DeviceFile
 
 ROOT = Path(__file__).parents[3]
+PATHS = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+"""What a script that uses these tools needs on its path."""
 
 OWNER = """
 import sys, time
@@ -60,14 +64,16 @@ def acquire(directory, path, **options):
     )
 
 
-def acquire_within_5_s(directory, path):
-    deadline_s = time.monotonic() + 5
-    while True:
+def acquire_soon(directory, path):
+    """Once the guard has let the lock go."""
+
+    def attempt():
         try:
             return acquire(directory, path)
         except LeaseHeldError:
-            if time.monotonic() > deadline_s:
-                raise
+            return None
+
+    return wait_until(attempt, what="a free lease")
 
 
 def lock_clocks(path, mhz=900):
@@ -86,6 +92,12 @@ def replace_content(path, content):
     temporary.replace(path)
 
 
+def pass_time(monkeypatch, seconds):
+    """Let bars of this process see that so much time has passed."""
+    boottime_ns = lease_record.boottime_ns
+    monkeypatch.setattr(lease_record, "boottime_ns", lambda: boottime_ns() + int(seconds * 1e9))
+
+
 def clock_calls(path):
     return json.loads(Path(path).read_text())["clock_calls"]
 
@@ -101,20 +113,11 @@ def runs(pid):
         return False
 
 
-def within(seconds, condition):
-    deadline_s = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.005)
-    return True
-
-
 class Owner:
     """A process that holds leases, has locked the clocks, and beats."""
 
     def __init__(self, directory, *states, heartbeat_s=5.0, env=None):
-        script = OWNER.format(paths=[str(ROOT), str(Path(__file__).parent)])
+        script = OWNER.format(paths=PATHS)
         self._process = subprocess.Popen(
             [sys.executable, "-c", script, directory, str(heartbeat_s), *states],
             stdout=subprocess.PIPE,

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pynvml
 import pytest
+from polling import wait_until
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fake_nvml"))
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -64,17 +66,10 @@ def session_on(library_dir, monkeypatch):
     session = NvmlSession(pynvml)
     monkeypatch.setattr(nvml, "_SESSION", session)
     yield
-    wait_for(lambda: session.thread._running is None)
+    wait_until(lambda: session.thread._running is None)
     if session._is_open:
         session.thread.call(pynvml.nvmlShutdown, deadline_s=5.0)
     use_in_pynvml(None)
-
-
-def wait_for(condition, limit_s=10.0):
-    end_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -87,6 +82,12 @@ def quick_and_privileged(monkeypatch):
     watch = functools.partial(watch_energy_counter, watch_s=0.1)
     monkeypatch.setattr(doctor, "watch_energy_counter", watch)
     monkeypatch.setattr(Privileges, "of_this_process", lambda: Privileges(0, True))
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Watch the counter as long as the command does, to see several changes even if slowed down."""
+    monkeypatch.setattr(doctor, "watch_energy_counter", watch_energy_counter)
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def take(lease_dir, fake):
         lease.release()
 
 
-def test_one_screen_says_it_all(fake, run, capsys, lease_dir):
+def test_one_screen_says_it_all(fake, run, lease_dir, patient):
     fake.add_gpu(name="NVIDIA A40")
     status, text = run("doctor")
     assert status == 0
@@ -155,11 +156,12 @@ def test_one_screen_says_it_all(fake, run, capsys, lease_dir):
         "`mode: control` with `gpu: {kind: nvml, actuator: sm_clock}` would work (2 of 2 GPUs).",
     ):
         assert fact in text
-    assert "Three ways" not in text
+    assert text.count("Three ways") == 1
 
 
-def test_it_fits_a_screen(fake, lease_dir, capsys, unprivileged):
-    fake.gpu(0).fail("set", NO_PERMISSION)
+@pytest.mark.parametrize("privilege", [True, False])
+def test_it_fits_a_screen(fake, lease_dir, capsys, monkeypatch, privilege):
+    monkeypatch.setattr(Privileges, "of_this_process", lambda: Privileges(0, privilege))
     main(["doctor", "--lease-dir", str(lease_dir)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 36
@@ -175,13 +177,16 @@ def test_it_only_reads(fake, run, lease_dir, tmp_path, options):
     assert not lease_dir.exists()
 
 
-def test_the_same_facts_as_json(fake, facts):
+def test_the_same_facts_as_json(fake, facts, patient):
     found = facts()
     (gpu,) = found["gpus"]
     assert found["node"]["versions"]["driver"] == "550.54.15"
     assert gpu["device"]["uuid"] == fake.gpu(0).uuid
     assert gpu["device"]["sm_clocks_mhz"][::118] == [210, 1980]
-    assert gpu["energy_counter"]["update_period_s"] == pytest.approx(0.02, abs=0.01)
+    counter = gpu["energy_counter"]
+    assert 0.01 < counter["update_period_s"] < 0.02 + 2 * counter["poll_s"], (
+        "where it was looked at"
+    )
     assert gpu["can_control"]
     assert not gpu["control_is_tried"]
     assert gpu["obstacles"] == found["problems"] == []
@@ -277,7 +282,7 @@ def test_no_energy_counter(fake, run):
 
 def test_a_stuck_energy_counter(fake, run):
     fake.gpu(0).counter_stuck = 1
-    assert "it did NOT MOVE in 0.1 s" in run("doctor")[1]
+    assert re.search(r"it did NOT MOVE in \d+\.\d s", run("doctor")[1])
 
 
 def test_a_hung_driver_gives_a_message(fake, run):
@@ -421,10 +426,10 @@ def test_an_interrupted_probe_leaves_default_clocks(fake, lease_dir, signal_numb
         start_new_session=True,
     )
     try:
-        wait_for(lambda: gpu.locked_mhz is not None)
+        wait_until(lambda: gpu.locked_mhz is not None)
         child.send_signal(signal_number)
         assert child.wait(10) == status
-        wait_for(lambda: gpu.locked_mhz is None and not list(lease_dir.glob("*.json")))
+        wait_until(lambda: gpu.locked_mhz is None and not list(lease_dir.glob("*.json")))
     finally:
         child.kill()
         child.wait()

@@ -11,7 +11,7 @@ import pytest
 from lease_tools import (
     Owner,
     acquire,
-    acquire_within_5_s,
+    acquire_soon,
     clock_calls,
     lock_clocks,
     locked_mhz,
@@ -23,6 +23,7 @@ from lease_tools import (
 )
 
 from agft_ray.errors import GpuError, LeaseHeldError
+from agft_ray.gpu import guard as guard_module
 from agft_ray.gpu import lease_lock, lease_record
 from agft_ray.gpu.guard import Guard
 from agft_ray.gpu.lease import force, leases, sweep
@@ -67,44 +68,54 @@ def test_the_owner_gone_means_a_reset_of_all_its_gpus(path, directory, tmp_path,
     assert sorted(os.listdir(directory)) == ["GPU-0.lock", "GPU-1.lock"]
 
 
+HEARTBEAT_S = 2.0
+"""Eight times the least time between two beats: an owner that is slowed down must not miss it."""
+SLACK_S = 3.0
+"""On top of a heartbeat, which is the promise on a machine that has time for the guard."""
+
+
 def test_a_hanging_owner_loses_clocks_and_lease_but_not_the_lock(path, directory):
-    with Owner(directory, path, heartbeat_s=0.3) as owner:
-        time.sleep(0.6)
-        assert locked_mhz(path) == 900, "it beats, so nothing happens"
+    hangs_s = HEARTBEAT_S + SLACK_S
+    with Owner(directory, path, heartbeat_s=HEARTBEAT_S) as owner:
+        assert not within(1.3 * HEARTBEAT_S, lambda: locked_mhz(path) != 900), "though it beats"
         owner.kill(signal.SIGSTOP)
-        assert within(1.0, lambda: locked_mhz(path) is None)
+        assert within(hangs_s, lambda: locked_mhz(path) is None)
         assert leases(directory)[0].revoked
         with pytest.raises(LeaseHeldError, match=f"held by PID {owner.pid} .app#llm replica 1."):
             acquire(directory, path)
         lock_clocks(path)  # the write that it was stopped before
-        assert within(1.0, lambda: locked_mhz(path) is None), "reset again while it hangs"
+        assert within(hangs_s, lambda: locked_mhz(path) is None), "reset again while it hangs"
         owner.kill(signal.SIGCONT)
-        assert within(1.0, lambda: runs(owner.guard_pid))
-        time.sleep(0.4)
+        assert runs(owner.guard_pid)
+        beats_again_s = time.monotonic() + 0.5 * HEARTBEAT_S
+        assert within(5.0, lambda: time.monotonic() > beats_again_s)
         lock_clocks(path)
-        time.sleep(0.5)
-        assert locked_mhz(path) == 900, "it beats again"
+        assert not within(1.3 * HEARTBEAT_S, lambda: locked_mhz(path) != 900), "it beats again"
         owner.kill(signal.SIGSTOP)
-        assert within(1.0, lambda: locked_mhz(path) is None), "armed again"
+        assert within(hangs_s, lambda: locked_mhz(path) is None), "armed again"
 
 
 def test_an_owner_that_hung_notices_and_renews(path, lease):
-    guard = Guard.start([lease], heartbeat_s=0.2)
+    guard = Guard.start([lease], heartbeat_s=0.5)
     lock_clocks(path)
     assert not lease.is_lost()
-    assert within(1.0, lambda: lease.is_lost() and locked_mhz(path) is None)
-    assert within(
-        1.0, lambda: not (lease.renew(), guard.beat(), time.sleep(0.02), lease.is_lost())[3]
-    )
+    assert within(10.0, lambda: lease.is_lost() and locked_mhz(path) is None)
+
+    def renew():
+        lease.renew()
+        guard.beat()
+        return not lease.is_lost()
+
+    assert within(10.0, renew)
     guard.release()
 
 
 def test_the_first_beat_counts_from_the_start(path, lease):
+    asked_s = time.monotonic()
     guard = Guard.start([lease], heartbeat_s=0.4)
-    started_s = time.monotonic()
     lock_clocks(path)
-    assert within(2.0, lambda: locked_mhz(path) is None)
-    assert 0.3 < time.monotonic() - started_s < 0.9
+    assert within(0.4 + SLACK_S, lambda: locked_mhz(path) is None), "no beat was needed to arm it"
+    assert time.monotonic() - asked_s >= 0.4
     guard.release()
 
 
@@ -127,7 +138,7 @@ def test_guard_and_owner_killed_means_a_reset_by_the_next_owner(path, directory,
         with pytest.raises(LeaseHeldError):
             acquire(directory, path)
         owner.kill()
-        acquire_within_5_s(directory, path).release()
+        acquire_soon(directory, path).release()
     assert locked_mhz(path) is None
 
 
@@ -166,7 +177,7 @@ def test_the_lock_is_the_guards_until_it_has_reset(path, directory, lease):
         assert sweep(directory) == []
     finally:
         os.kill(guard.pid, signal.SIGCONT)
-    acquire_within_5_s(directory, path).release()
+    acquire_soon(directory, path).release()
     assert locked_mhz(path) is None
 
 
@@ -227,7 +238,7 @@ def test_a_forked_child_of_the_owner_does_not_keep_the_pipe_open(path, directory
         guard._close()
         lease.abandon()
         assert within(1.0, lambda: locked_mhz(path) is None)
-        acquire_within_5_s(directory, path).release()
+        acquire_soon(directory, path).release()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -263,6 +274,63 @@ def test_a_failing_reset_is_tried_again(path, directory, tmp_path, lease):
     assert within(2.0, lambda: locked_mhz(path) is None)
     assert within(1.0, lambda: not runs(guard.pid))
     other.release()
+
+
+def test_what_the_owner_leaves_is_reset_by_the_guard_and_then_free(path, directory, lease):
+    guard = Guard.start([lease])
+    lock_clocks(path)
+    content = path.read_bytes()
+    replace_content(path, content.replace(b'"pending_clock_changes"', b'"pending_clock_chances"'))
+    lease.abandon()
+    guard.leave()
+    with pytest.raises(LeaseHeldError):
+        acquire(directory, path)
+    replace_content(path, content)
+    acquire_soon(directory, path).release()
+    assert locked_mhz(path) is None
+    assert within(2.0, lambda: not runs(guard.pid))
+
+
+def test_a_dead_owners_clocks_do_not_wait_for_the_disk(path, lease, monkeypatch):
+    """The record of a dead owner is not written, so not synced, before the reset."""
+    guarded = guard_module._Guarded(f"{lease.fd}:{lease.record_path}")
+    lock_clocks(path)
+    synced_while = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced_while.append(locked_mhz(path)))
+    assert guard_module._reset_all([guarded], owner_is_gone=True)
+    assert set(synced_while) == {None}
+    assert not os.path.exists(lease.record_path)
+
+
+def test_a_gpu_that_another_has_taken_by_a_new_lock_file_is_let_alone(path, directory, lease):
+    guard = Guard.start([lease])
+    os.unlink(lease.record_path.replace(".json", ".lock"))
+    other = acquire(directory, path)
+    lock_clocks(path, 1200)
+    lease.abandon()
+    guard._close()
+    assert within(2.0, lambda: not runs(guard.pid))
+    assert locked_mhz(path) == 1200
+    other.release()
+
+
+def test_the_kernel_does_not_kill_it_for_memory_as_it_does_rays_workers(lease):
+    own = Path("/proc/self/oom_score_adj")
+    before = own.read_text()
+    own.write_text("500")
+    try:
+        guard = Guard.start([lease])
+        assert Path(f"/proc/{guard.pid}/oom_score_adj").read_text() == "0\n"
+        guard.release()
+    finally:
+        own.write_text(before)
+
+
+def test_guards_that_are_over_leave_nothing_behind(lease):
+    before = set(guard_module._open_guards)
+    for _ in range(3):
+        Guard.start([lease]).release()
+    assert guard_module._open_guards == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged"])
@@ -324,7 +392,7 @@ def test_the_nodes_guard_resets_what_dead_ones_left_and_nothing_else(path, direc
     assert sum(line.startswith("GPU-0: reset what PID") for line in lines) == 2
     assert (
         next(line for line in lines if line.startswith("GPU-2"))
-        == "GPU-2: not reset: 'clock_calls'"
+        == "GPU-2: NOT reset: 'clock_calls'"
     )
     assert lines[-1].startswith("GPU-1: reset what PID")
     assert len(lines) <= 5

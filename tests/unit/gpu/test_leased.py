@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
-import time
 
 import pytest
+from lease_tools import pass_time, runs, within
 
+from agft_ray.clock import ManualClock
+from agft_ray.clock_control import ClockControl
 from agft_ray.errors import GpuPermissionError, GpuTransientError, LeaseHeldError, LeaseLostError
+from agft_ray.gpu.group import GpuGroup
 from agft_ray.gpu.guard import Guard
-from agft_ray.gpu.lease import force, leases
+from agft_ray.gpu.lease import Lease, force, leases
 from agft_ray.gpu.leased import LeasedGpu
 from agft_ray.gpu.simulated import SimulatedGpu
 from agft_ray.simulation.device_file import DeviceFile
@@ -87,28 +91,123 @@ def test_a_killed_guard_is_replaced_by_the_next_claim(make):
     gpu.claim()
     pid = gpu.guard_pid
     os.kill(pid, signal.SIGKILL)
-    deadline_s = time.monotonic() + 2.0
-    while gpu.guard_pid == pid and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-        gpu.claim()
-    assert gpu.guard_pid != pid
+    assert within(10.0, lambda: gpu.claim() or gpu.guard_pid != pid)
     gpu.lock(900)
 
 
-def test_a_forced_reset_takes_the_lease_and_bars_the_owner_for_a_while(make, paths, directory):
+def test_a_forced_reset_takes_the_lease_and_bars_the_owner_for_a_while(
+    make, paths, directory, monkeypatch
+):
     gpu = make((0,))
     gpu.claim()
     gpu.lock(900)
-    force(str(directory), "GPU-0", bar_s=0.3)
+    force(str(directory), "GPU-0", bar_s=60.0)
     assert locked_mhz(paths)[0] is None
     with pytest.raises(LeaseLostError):
         gpu.lock(1200)
     with pytest.raises(LeaseHeldError):
         gpu.claim()
-    time.sleep(0.35)
+    pass_time(monkeypatch, 60.0)
     gpu.claim()
     gpu.lock(1200)
     assert locked_mhz(paths)[0] == 1200
+
+
+def busy(*_):
+    raise GpuTransientError("busy")
+
+
+def test_an_owner_that_is_barred_resets_what_the_forced_reset_could_not(make, paths, directory):
+    gpu = make((0,))
+    gpu.claim()
+    gpu.lock(900)
+    with pytest.raises(GpuTransientError):
+        force(str(directory), "GPU-0", restore=busy)
+    assert locked_mhz(paths)[0] == 900
+    with pytest.raises(LeaseHeldError, match="barred"):
+        gpu.claim()
+    assert locked_mhz(paths)[0] is None
+    assert leases(directory) == []
+
+
+def test_an_owner_whose_lease_directory_is_removed_resets_and_starts_afresh(make, paths, directory):
+    gpu = make()
+    gpu.claim()
+    gpu.lock(900)
+    shutil.rmtree(directory)  # as a cleaner of /tmp does, or a log-out of /run/user/UID
+    with pytest.raises(LeaseHeldError, match="removed"):
+        gpu.claim()
+    assert locked_mhz(paths) == [None, None]
+    gpu.claim()
+    gpu.lock(1200)
+    assert locked_mhz(paths) == [1200, 1200]
+
+
+def test_an_owner_whose_lock_file_another_has_replaced_leaves_their_gpu_alone(
+    make, paths, directory
+):
+    gpu, other = make(), make((0,), owner="another")
+    gpu.claim()
+    gpu.lock(900)
+    (directory / "GPU-0.lock").unlink()
+    other.claim()
+    other.lock(1200)
+    with pytest.raises(LeaseHeldError):
+        gpu.claim()
+    assert locked_mhz(paths) == [1200, None], "only the one that is ours yet is reset"
+    other.lock(1500)
+
+
+def test_without_a_lease_a_reset_touches_nothing(make, paths):
+    other, gpu = make((0,), owner="another"), make((0,))
+    other.claim()
+    other.lock(900)
+    gpu.reset()
+    assert locked_mhz(paths)[0] == 900
+
+
+def test_a_claim_that_fails_in_whatever_way_keeps_no_lease(make, directory, monkeypatch):
+    gpu = make()
+    acquire = Lease.acquire
+
+    def fail_at_the_second(directory, uuid, *args, **options):
+        if uuid == "GPU-1":
+            raise OSError("of any kind")
+        return acquire(directory, uuid, *args, **options)
+
+    monkeypatch.setattr(Lease, "acquire", fail_at_the_second)
+    for _ in range(2):
+        with pytest.raises(OSError, match="of any kind"):
+            gpu.claim()
+        assert leases(directory) == []
+
+
+def test_nodes_are_tuned_together_or_not_at_all(make, paths, directory):
+    """Two nodes' GPUs under leases of their own, as for an engine that spans both."""
+    first, second = make((0,), owner="node A"), make((1,), owner="node B")
+    control = ClockControl(GpuGroup([first, second]), ManualClock())
+    assert control.take(0.0)
+    control.set(900, 0.0)
+    assert locked_mhz(paths) == [900, 900]
+    force(str(directory), "GPU-0")
+    assert not control.take(0.0)
+    assert control.state == "held"
+    assert locked_mhz(paths) == [None, None]
+    assert leases(directory) == []
+
+
+@pytest.mark.parametrize("taken_back", [("GPU-0",), ("GPU-1",), ("GPU-0", "GPU-1")])
+def test_leases_taken_back_on_any_node_are_renewed_on_all(make, paths, directory, taken_back):
+    group = GpuGroup([make((0,), owner="node A"), make((1,), owner="node B")])
+    control = ClockControl(group, ManualClock())
+    assert control.take(0.0)
+    control.set(900, 0.0)
+    for uuid in taken_back:
+        force(str(directory), uuid, bar_s=0.0)
+    assert control.take(0.0)
+    assert locked_mhz(paths) == [None, None]
+    control.set(1200, 0.0)
+    assert locked_mhz(paths) == [1200, 1200]
 
 
 def test_a_lock_under_a_lease_that_was_lost_meanwhile_is_undone(make, paths, directory):
@@ -160,20 +259,32 @@ def test_no_beat_while_a_reset_is_due_and_has_failed(make, monkeypatch):
     gpu.reset()
 
 
-def test_what_could_not_be_reset_is_left_for_whoever_can(make, paths, directory, monkeypatch):
+def test_what_could_not_be_reset_is_left_to_the_guard(make, paths, directory, monkeypatch):
     gpu = make((0,))
     gpu.claim()
     gpu.lock(900)
-
-    def fail():
-        raise GpuTransientError("busy")
-
-    monkeypatch.setattr(gpu._gpu, "reset", fail)
+    pid = gpu.guard_pid
+    monkeypatch.setattr(gpu._gpu, "reset", busy)
     with pytest.raises(GpuTransientError):
         gpu.reset()
     gpu.release()
-    (left,) = leases(directory)
-    assert not left.held
+    assert gpu.guard_pid is None
+    assert within(5.0, lambda: locked_mhz(paths)[0] is None)
+    assert within(5.0, lambda: not runs(pid) and leases(directory) == [])
+    monkeypatch.undo()
+    gpu.claim()
+
+
+def test_and_without_a_guard_to_whoever_can(make, paths, directory, monkeypatch):
+    gpu = make((0,))
+    gpu.claim()
+    gpu.lock(900)
+    os.kill(gpu.guard_pid, signal.SIGKILL)
+    monkeypatch.setattr(gpu._gpu, "reset", busy)
+    with pytest.raises(GpuTransientError):
+        gpu.reset()
+    gpu.release()
+    assert within(5.0, lambda: not leases(directory)[0].held)
     monkeypatch.undo()
     gpu.sweep()
     assert locked_mhz(paths)[0] is None

@@ -348,15 +348,16 @@ def test_a_reading_is_few_calls(driver, device, gpu):
 
 
 def test_the_time_of_the_energy_counter_is_nvmls_own(device, gpu):
-    device.counter_update_s = 0.05
+    device.counter_update_s = 0.2
     samples = []
     for _ in range(20):
         samples.append(gpu.read())
-        time.sleep(0.02)
+        time.sleep(0.1)
     counted = [sample for sample in samples if sample.energy_j != samples[0].energy_j]
     # The fake updates its counter at whole multiples of the period of the monotonic clock.
-    phases_s = [(sample.energy_t_s + 0.025) % 0.05 - 0.025 for sample in counted]
-    assert abs(statistics.median(phases_s)) < 0.002
+    # When a value was first seen would be 0.05 s later, on average.
+    phases_s = [(sample.energy_t_s + 0.1) % 0.2 - 0.1 for sample in counted]
+    assert abs(statistics.median(phases_s)) < 0.01
     assert all(sample.energy_t_s <= sample.t_s for sample in samples)
     for a, b in pairwise(samples):
         assert (b.energy_j > a.energy_j) == (b.energy_t_s > a.energy_t_s)

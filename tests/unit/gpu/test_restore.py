@@ -2,6 +2,8 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -292,6 +294,71 @@ def test_a_sweep_keeps_the_record_of_a_gpu_it_does_not_see(fake, directory):
     assert leases(directory) == []
 
 
+@pytest.fixture
+def hung(fake):
+    """GPU 0, whose resets hang until the test is over."""
+    fake.gpu(0).delay("reset", 60.0)
+    yield fake.gpu(0)
+    fake.gpu(0).delay("reset", 0.0)
+    # Not after its environment is gone.
+    assert within(10.0, lambda: not any("reset of" in each.name for each in threading.enumerate()))
+
+
+def leave(directory, gpu):
+    """What a dead owner leaves."""
+    gpu.locked_mhz = (900, 900)
+    Lease.acquire(directory, gpu.uuid, lambda: nvml_target(gpu.uuid), owner="a").abandon()
+
+
+def test_a_gpu_that_hangs_keeps_no_sweep_from_the_others(fake, hung, directory):
+    for gpu in (hung, fake.gpu(1)):
+        leave(directory, gpu)
+    begin_s = time.monotonic()
+    outcomes = dict(sweep(directory))
+    assert time.monotonic() - begin_s < 20.0
+    assert "has not returned within 2 s" in str(outcomes[hung.uuid])
+    assert isinstance(outcomes[hung.uuid], GpuTransientError)
+    assert outcomes[fake.gpu(1).uuid].startswith("reset what")
+    with pytest.raises(LeaseHeldError):
+        Lease.acquire(directory, hung.uuid, lambda: nvml_target(hung.uuid), owner="b")
+    hung.delay("reset", 0.0)
+    assert within(10.0, lambda: leases(directory) == []), "it was done after all"
+    Lease.acquire(directory, hung.uuid, lambda: nvml_target(hung.uuid), owner="b").release()
+    assert hung.calls("reset") == 1
+
+
+def test_a_reset_that_hangs_keeps_no_owner_and_lets_no_other_in(hung, directory):
+    leave(directory, hung)
+
+    def acquire():
+        return Lease.acquire(directory, hung.uuid, lambda: nvml_target(hung.uuid), owner="b")
+
+    with pytest.raises(GpuTransientError, match="has not returned within 2 s"):
+        acquire()
+    with pytest.raises(LeaseHeldError):
+        acquire()
+    hung.delay("reset", 0.0)
+    assert within(10.0, lambda: not leases(directory)[0].held)
+    acquire().release()
+
+
+def test_a_gpu_that_hangs_keeps_the_guard_from_no_other(fake, hung, directory):
+    held = [
+        Lease.acquire(directory, gpu.uuid, lambda u=gpu.uuid: nvml_target(u), owner="a")
+        for gpu in (hung, fake.gpu(1))
+    ]
+    guard = Guard.start(held)
+    for gpu in (hung, fake.gpu(1)):
+        gpu.locked_mhz = (900, 900)
+    guard._close()
+    for lease in held:
+        lease.abandon()
+    assert within(1.0, lambda: fake.gpu(1).locked_mhz is None)
+    assert hung.locked_mhz == (900, 900)
+    hung.delay("reset", 0.0)
+    assert within(5.0, lambda: hung.locked_mhz is None and leases(directory) == [])
+
+
 def run(capsys, *arguments):
     code = main([str(each) for each in arguments])
     return code, capsys.readouterr().out
@@ -313,16 +380,16 @@ def test_the_command_resets_what_dead_owners_left(directory, path, tmp_path, cap
     code, out = run(capsys, "GPU-0", "GPU-1", *where)
     assert code == 1
     assert "GPU-0: no lease, nothing to reset\n" in out
-    assert "GPU-1: not reset: in use by PID" in out
+    assert "GPU-1: NOT reset: in use by PID" in out
     living.check()
     code, out = run(capsys, "--all", "--force", *where)
-    assert (code, out) == (0, "GPU-1: reset, and barred for a minute\n")
+    assert (code, out) == (0, f"GPU-1: reset, and barred for a minute\n{module.FORCED}\n")
     assert locked_mhz(living_path) is None
     assert living.is_lost()
     with pytest.raises(LeaseHeldError, match="barred"):
         living.renew()
     living.release()
-    assert run(capsys, "--all", *where) == (0, "")
+    assert run(capsys, "--all", *where) == (0, f"no leases in {directory}: nothing to reset\n")
 
 
 def test_the_command_forces_a_gpu_without_a_record_by_nvml(fake, directory, capsys):
@@ -359,6 +426,6 @@ def test_an_untrusted_directory_is_one_line(directory, capsys):
     directory.mkdir(mode=0o755)
     code, out = run(capsys, "--all", "--lease-dir", directory)
     assert code == 1
-    assert out.startswith("leases: not reset: lease files: ")
+    assert out.startswith("leases: NOT reset: lease files: ")
     with pytest.raises(GpuPermissionError):
         reset_gpus(str(directory), None, False)

@@ -70,7 +70,7 @@ def test_the_timeout_is_for_the_whole_exchange(path):
         start_s = time.monotonic()
         with pytest.raises(TimeoutError):
             exchange(path, "GET", "/", timeout_s=0.5)
-        assert 0.5 <= time.monotonic() - start_s < 0.75
+        assert 0.5 <= time.monotonic() - start_s < 3.0, "the whole would take 3.6 s"
 
 
 @pytest.mark.parametrize("pieces", [[], [EMPTY[:-1]], [b"HTTP/1.1 200 OK\r\n"]])

@@ -177,6 +177,17 @@ def test_request_reset_marks_the_change_to_default_clocks(path):
     assert (state["locked_sm_clock_mhz"], state["clock_calls"]) == (None, 1)
 
 
+def test_resets_without_end_do_not_fill_the_file(path, monkeypatch):
+    DeviceFile.create(path, **DESCRIPTION)
+    wall_s = [time.monotonic()]
+    monkeypatch.setattr(device_file.time, "monotonic", lambda: wall_s[0])
+    for _ in range(500):
+        request_reset(path)
+        wall_s[0] += 1.0
+    assert len(content(path)["pending_clock_changes"]) == 1
+    assert content(path)["clock_calls"] == 500
+
+
 def test_the_module_is_light():
     script = (
         "import sys, agft_ray.simulation.device_file as _;"
