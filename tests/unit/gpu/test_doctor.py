@@ -417,10 +417,11 @@ def test_no_driver_at_all(lease_dir, tmp_path):
 )
 def test_an_interrupted_probe_leaves_default_clocks(fake, lease_dir, signal_number, status):
     gpu = fake.gpu(0)
-    gpu.settle_s = 30.0
+    gpu.settle_s = 300.0
+    patient = "from agft_ray.gpu import probe; probe.SETTLE_LIMIT_S = 100.0\n"
     arguments = ["doctor", "--probe-clocks", "--lease-dir", str(lease_dir)]
     child = subprocess.Popen(
-        [sys.executable, "-c", RUN, *arguments],
+        [sys.executable, "-c", patient + RUN, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         start_new_session=True,
