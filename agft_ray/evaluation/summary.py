@@ -26,7 +26,8 @@ from agft_ray.evaluation.replay_result import (
 )
 
 FORMAT = 1
-ROLES = ("tuned", "holdout")
+HOLDOUT = "holdout"
+ROLES = ("tuned", HOLDOUT)
 MAX_ERRORS = 5
 
 
@@ -262,7 +263,7 @@ def _changes(groups: Sequence[Group]) -> dict[str, float]:
     by_role = {group.role: group.comparable() for group in groups}
     if not set(ROLES) <= by_role.keys():
         return {}
-    pairs = {name: (value, by_role["holdout"][name]) for name, value in by_role["tuned"].items()}
+    pairs = {name: (value, by_role[HOLDOUT][name]) for name, value in by_role["tuned"].items()}
     return {name: 100 * (t / h - 1) for name, (t, h) in pairs.items() if t is not None and h}
 
 
