@@ -46,6 +46,21 @@ class EngineStats:
         counter = self._prefill if prefill_tokens else self._decode
         self._count(counter, prefill_tokens + decode_tokens, time_s)
 
+    def on_decode_steps(
+        self, *, steps: int, sequences: int, time_s: float, tokens: int, itl_sum_s: float
+    ) -> None:
+        """Iterations in a row that computed one token for each of the same sequences, together;
+        `tokens` of them were emitted (a sequence that is gone emits none)."""
+        counter = self._decode
+        self.iterations += steps
+        self.iteration_tokens += steps * sequences
+        counter.steps += steps
+        counter.tokens += steps * sequences
+        counter.time_s += time_s
+        self.generation_tokens += tokens
+        self.itl_count += tokens
+        self.itl_sum_s += itl_sum_s
+
     def on_unknown_step(self, *, tokens: int, time_s: float) -> None:
         """One engine iteration of which it is not known whether it computed prompt tokens."""
         self._count(self._unknown, tokens, time_s)

@@ -129,6 +129,10 @@ class EngineSample:
         return self.running == 0 and self.waiting == 0
 
 
+PREFIX_BLOCK_TOKENS = 512
+"""Tokens of a prompt that one of `Request.prefix_blocks` stands for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request of a workload: when it arrives and how long its prompt and output are."""
@@ -137,6 +141,9 @@ class Request:
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    prefix_blocks: tuple[int, ...] = ()
+    """Hash ids of the prompt's successive blocks of `PREFIX_BLOCK_TOKENS` tokens: equal leading
+    ids mean an equal prefix. Empty: nothing is known of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +163,32 @@ class RequestTimings:
         if self.output_tokens < 2:
             return None
         return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """What a step governor is handed before an engine step: the step about to run, the queue, and
+    how the step before went."""
+
+    t_s: float
+    prefill_tokens: int
+    """Prompt tokens the step will compute; 0 for a step that only decodes."""
+    decode_sequences: int
+    """Sequences that will get their next token."""
+    context_tokens: int
+    """Tokens in the KV cache of all sequences of the step, before it."""
+    waiting: int
+    kv_cache_usage: float
+    """Share of KV blocks in use, 0..1."""
+    last_step_s: float | None = None
+    """Duration of the step before, if there was one since the engine was last empty."""
+    last_sm_clock_mhz: int | None = None
+    """The effective SM clock under which it ran."""
+
+    @property
+    def has_prefill(self) -> bool:
+        """The step computes prompt tokens."""
+        return self.prefill_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
+from agft_ray.simulation.decode_series import DecodeCurves, Series
+from agft_ray.simulation.noise import standard_normal
 from agft_ray.simulation.physics import (
     StepWork,
     busy_power_w,
@@ -21,6 +22,8 @@ from agft_ray.types import EventReason, GpuSample
 History = Callable[[float, float, int, float, StepWork | None], None]
 """Called with (start s, end s, SM clock in MHz, power in W, the step or None when idle)."""
 
+_POWER_NOISE, _CLOCK_DELAY = 0, 1
+"""Streams of random numbers."""
 _P95_SCORE = 1.6448536269514722
 """95th percentile of the standard normal distribution."""
 
@@ -37,6 +40,8 @@ class _State:
     seed: int
     t_s: float = 0.0
     energy_j: float = 0.0
+    sm_clock_mhz_s: float = 0.0
+    """Integral of the effective SM clock."""
     counter_t_s: float = 0.0
     counter_energy_j: float = 0.0
     locked_sm_clock_mhz: int | None = None
@@ -84,6 +89,7 @@ class Device:
         self._end_s: float | None = None
         self._capped: dict[tuple[int, int], tuple[int, float]] = {}
         self._idle: dict[int, _Point] = {}
+        self._curves = DecodeCurves(profile, model)
 
     @property
     def t_s(self) -> float:
@@ -94,6 +100,21 @@ class Device:
     def energy_j(self) -> float:
         """Energy from time 0 to `t_s`, exact and current, unlike a reading's counter."""
         return self._state.energy_j
+
+    @property
+    def sm_clock_mhz_s(self) -> float:
+        """Integral of the effective SM clock from time 0 to `t_s`."""
+        return self._state.sm_clock_mhz_s
+
+    @property
+    def locked(self) -> int | None:
+        """The clock last asked for, or None at default clocks."""
+        return self._state.locked_sm_clock_mhz
+
+    @property
+    def step_sm_clock_mhz(self) -> int | None:
+        """The effective SM clock of the running step, or of the one before as it ended."""
+        return None if self._busy is None else self._busy.sm_clock_mhz
 
     def to_state(self) -> dict[str, Any]:
         """Everything that changes, as JSON-able values."""
@@ -159,6 +180,27 @@ class Device:
             self._end_s = None
         return self._state.t_s
 
+    def run_series(
+        self, t_s: float, work: StepWork, max_steps: int, until_s: float
+    ) -> tuple[int, float]:
+        """Decode steps in closed form, as if begun and finished one by one; see `SeriesDevice`.
+
+        No step may be running. None is run here if a `history` wants to see each.
+        """
+        assert self._state.work is None, "finish the step before a series"
+        self._integrate(t_s)
+        s = self._state
+        if self._history is not None:
+            return 0, s.t_s
+        if s.pending_clock_changes:
+            until_s = min(until_s, s.pending_clock_changes[0][0])
+        target = self._busy_target_mhz(s.active_lock_mhz)
+        series = self._curves.series(work, target, max_steps)
+        steps = series.durations_s.count_within(until_s - s.t_s, series.steps)
+        if steps:
+            self._accumulate_series(series, steps)
+        return steps, s.t_s
+
     def advance(self, t_s: float) -> None:
         """Integrate to `t_s`, or to the end of the running step (see the class)."""
         end_s = self.step_end_s()
@@ -175,7 +217,7 @@ class Device:
         """
         self.advance(t_s)
         s, point = self._state, self._point()
-        noise = random.Random(f"{s.seed}:{t_s!r}").gauss(0.0, self.profile.power_noise)
+        noise = self.profile.power_noise * standard_normal(s.seed, _POWER_NOISE, t_s)
         temperature = self.profile.temperature
         return GpuSample(
             t_s=max(t_s, s.t_s),
@@ -208,8 +250,8 @@ class Device:
     def _delay_s(self) -> float:
         change = self.profile.clock_change
         sigma = math.log(change.p95_s / change.median_s) / _P95_SCORE
-        draw = random.Random(f"{self._state.seed}:clock:{self._state.clock_calls}")
-        return draw.lognormvariate(math.log(change.median_s), sigma)
+        draw = standard_normal(self._state.seed, _CLOCK_DELAY, self._state.clock_calls)
+        return change.median_s * math.exp(sigma * draw)
 
     def _integrate(self, until_s: float) -> None:
         s = self._state
@@ -245,7 +287,20 @@ class Device:
         if self._history is not None:
             self._history(s.t_s, end_s, point.sm_clock_mhz, point.power_w, s.work)
         s.energy_j += point.power_w * (end_s - s.t_s)
+        s.sm_clock_mhz_s += point.sm_clock_mhz * (end_s - s.t_s)
         s.t_s = end_s
+
+    def _accumulate_series(self, series: Series, steps: int) -> None:
+        s, span_s = self._state, series.durations_s.total(steps)
+        end_s = s.t_s + span_s
+        update_s = math.floor(end_s / self._counter_update_s) * self._counter_update_s
+        if update_s > s.counter_t_s:
+            s.counter_t_s = min(update_s, end_s)
+            s.counter_energy_j = s.energy_j + series.energy_j(s.counter_t_s - s.t_s, steps)
+        s.energy_j += series.energies_j.total(steps)
+        s.sm_clock_mhz_s += series.sm_clock_mhz * span_s
+        s.t_s = s.idle_since_s = end_s
+        self._busy = None
 
     def _predicted_end_s(self) -> float:
         s = self._state

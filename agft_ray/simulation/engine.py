@@ -8,68 +8,15 @@ from __future__ import annotations
 import bisect
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 from agft_ray.engine_stats import EngineStats
+from agft_ray.simulation.batch import Batch as Batch
+from agft_ray.simulation.batch import DecodeSeries, Sequence
+from agft_ray.simulation.batch import StepDevice as StepDevice
+from agft_ray.simulation.batch import TokenEvent as TokenEvent
 from agft_ray.simulation.engine_config import EngineConfig as EngineConfig
 from agft_ray.simulation.physics import StepWork
 from agft_ray.types import EngineSample, Request, RequestTimings
-
-
-class StepDevice(Protocol):
-    """What runs an engine's steps: a GPU, in simulated seconds."""
-
-    def begin_step(self, t_s: float, work: StepWork) -> float:
-        """Start a step at `t_s`, or now if the device is past that; returns its predicted end."""
-        ...
-
-    def step_end_s(self) -> float | None:
-        """The running step's end as known now: clock changes move it; None if none runs."""
-        ...
-
-    def finish_step(self) -> float:
-        """Move to the running step's end and return it."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A request inside the engine."""
-
-    request: Request
-    cached: int
-    """Leading tokens of the prompt that the prefix cache holds."""
-    length: int
-    """Tokens known: the prompt and what was generated."""
-    computed: int = 0
-    """Tokens whose KV is held."""
-    blocks: int = 0
-    decoding: bool = False
-    """All of `length` but the newest token is computed."""
-    running: bool = False
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One engine step: the tokens each sequence computes in it, and their sums."""
-
-    scheduled: list[tuple[Sequence, int]]
-    work: StepWork
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One generated token."""
-
-    request_id: str
-    index: int
-    """Place in the output, from 0."""
-    t_s: float
-    timings: RequestTimings | None = None
-    """Of the whole request, with its last token."""
 
 
 class BatchingEngine:
@@ -98,12 +45,29 @@ class BatchingEngine:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._in_flight: Batch | None = None
+        self._decoding: tuple[Sequence, ...] = ()
+        """The sequences of a series' step in flight."""
         self._stats = EngineStats()
 
     @property
     def is_empty(self) -> bool:
         """No request is known that is not finished, not even one yet to arrive."""
         return not self._sequences
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have arrived and wait, as of the last `schedule`."""
+        return len(self._waiting)
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of KV blocks in use, 0..1."""
+        return 1.0 - self._free_blocks / self._kv_blocks
+
+    def is_idle(self, t_s: float) -> bool:
+        """Nothing runs, and nothing has arrived by `t_s` that waits."""
+        arrived = bool(self._future) and _arrival_s(self._future[0]) <= t_s
+        return not (self._running or self._waiting or arrived)
 
     def check(self, request: Request) -> None:
         """Raise `ValueError` if the request can never be served."""
@@ -184,6 +148,56 @@ class BatchingEngine:
                     events.append(self._emit(sequence, end_s))
         return events
 
+    def plan_decodes(self, now_s: float) -> DecodeSeries | None:
+        """The series of steps ahead at `now_s` if all running sequences decode and nothing that
+        has arrived could be admitted before one finishes; else None, and `schedule` is to be
+        asked. Nothing needs to come of it.
+        """
+        assert self._in_flight is None, "complete the last batch before planning"
+        self._receive_arrivals(now_s)
+        running = self._running
+        if not running or self._might_admit():
+            return None
+        context_tokens, steps = 0, self.config.max_model_len
+        for sequence in running:
+            if not sequence.decoding:
+                return None
+            context_tokens += sequence.length
+            steps = min(steps, sequence.remaining)
+        while steps and self._blocks_for(steps) > self._free_blocks:
+            steps //= 2
+        if not steps:
+            return None
+        return DecodeSeries(StepWork(0, len(running), context_tokens), steps)
+
+    def begin_decode(self) -> None:
+        """Take the KV blocks for one step of a planned series, which is about to run."""
+        self._decoding = tuple(self._running)
+        self._take_blocks(1)
+
+    def complete_decodes(self, steps: int, start_s: float, end_s: float) -> list[RequestTimings]:
+        """Account for steps of a planned series that ran from `start_s` to `end_s`; returns the
+        requests they finished, which can only be in the last one.
+        """
+        sequences, self._decoding = self._decoding or tuple(self._running), ()
+        live = [sequence for sequence in sequences if sequence.running]  # the rest is aborted
+        self._take_blocks(steps)
+        self._stats.on_decode_steps(
+            steps=steps,
+            sequences=len(sequences),
+            time_s=end_s - start_s,
+            tokens=steps * len(live),
+            itl_sum_s=sum(end_s - sequence.last_token_s for sequence in live),
+        )
+        finished = []
+        for sequence in live:
+            sequence.computed += steps
+            sequence.length += steps
+            sequence.last_token_s = end_s
+            if not sequence.remaining:
+                finished.append(self._finish(sequence))
+        return finished
+
     def sample(self, t_s: float) -> EngineSample:
         """The statistics at `t_s`. Requests that arrived since the last `schedule` are waiting."""
         arrived = bisect.bisect_right(self._future, t_s, key=_arrival_s)
@@ -191,7 +205,7 @@ class BatchingEngine:
             t_s=t_s,
             running=len(self._running),
             waiting=len(self._waiting) + arrived,
-            kv_cache_usage=1.0 - self._free_blocks / self._kv_blocks,
+            kv_cache_usage=self.kv_cache_usage,
         )
 
     def _receive_arrivals(self, now_s: float) -> None:
@@ -199,6 +213,31 @@ class BatchingEngine:
             arrived = bisect.bisect_right(self._future, now_s, key=_arrival_s)
             self._waiting.extend(self._future[:arrived])
             del self._future[:arrived]
+
+    def _might_admit(self) -> bool:
+        """Whether the head of the queue could be admitted beside what runs; False only if that
+        stays so until a running sequence finishes."""
+        config, running = self.config, len(self._running)
+        if not self._waiting or running >= config.max_num_seqs:
+            return False
+        tokens = min(self._waiting[0].length, config.max_num_batched_tokens - running)
+        return tokens > 0 and _ceil_div(tokens, config.block_size) <= self._free_blocks
+
+    def _blocks_for(self, steps: int) -> int:
+        """KV blocks that so many decode steps of all running sequences take, or 0 where it is
+        plain that there are enough."""
+        size, running = self.config.block_size, len(self._running)
+        if running * _ceil_div(steps, size) <= self._free_blocks:
+            return 0
+        return sum(
+            max(_ceil_div(sequence.computed + steps, size) - sequence.blocks, 0)
+            for sequence in self._running
+        )
+
+    def _take_blocks(self, steps: int) -> None:
+        for sequence in self._running:
+            allocated = self._allocate(sequence, sequence.computed + steps)
+            assert allocated, "a planned series has its blocks"
 
     def _schedule_running(self, scheduled: list[tuple[Sequence, int]]) -> int:
         budget = self.config.max_num_batched_tokens
@@ -231,8 +270,7 @@ class BatchingEngine:
         return True
 
     def _allocate(self, sequence: Sequence, tokens: int) -> bool:
-        size = self.config.block_size
-        missing = (tokens + size - 1) // size - sequence.blocks
+        missing = _ceil_div(tokens, self.config.block_size) - sequence.blocks
         if missing > self._free_blocks:
             return False
         if missing > 0:
@@ -297,3 +335,7 @@ class BatchingEngine:
 
 def _arrival_s(sequence: Sequence) -> float:
     return sequence.request.arrival_s
+
+
+def _ceil_div(tokens: int, size: int) -> int:
+    return -(-tokens // size)

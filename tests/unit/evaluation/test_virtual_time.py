@@ -63,7 +63,11 @@ def test_agft_learns_to_save_energy_from_nothing(requests, default):
 
 def test_observe_changes_nothing(requests, default):
     observed = run(requests, {"name": "agft"}, mode="observe")
-    assert observed.timings == default.timings
+    # To rounding: a series of steps is cut where the loop looks.
+    assert len(observed.timings) == len(default.timings)
+    for one, other in zip(observed.timings, default.timings, strict=True):
+        assert one.request_id == other.request_id
+        assert (one.ttft_s, one.e2e_s) == pytest.approx((other.ttft_s, other.e2e_s), rel=1e-9)
     assert observed.clock_changes == 0
 
 

@@ -1,0 +1,39 @@
+"""What a step governor is: a choice before every engine step, not once a window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from agft_ray.types import Arm, StepSample
+
+
+class StepGovernor(Protocol):
+    """Chooses an SM clock for the engine step about to run.
+
+    It lives beside the engine's scheduler, so it knows the batch before it runs; it sees plain
+    frozen values only, and is deterministic. `arms` is the ascending list of clocks the GPU
+    supports within the configured bounds. A choice acts some 25 ms later, so on short steps it
+    serves the steps that follow.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def choose(self, step: StepSample, arms: Sequence[int]) -> Arm:
+        """The clock for this step; called before each one. May remember what it was handed."""
+        ...
+
+    def choose_idle(self, arms: Sequence[int]) -> Arm:
+        """The clock while the engine is empty."""
+        ...
+
+    def observe(self, step: StepSample, *, duration_s: float, sm_clock_mhz: int) -> None:
+        """Learn how long the step took, and under which effective clock. Raises `ValueError`,
+        changing nothing, unless both are finite and above 0.
+        """
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """For people: phase, choices and the like, as JSON-able values."""
+        ...

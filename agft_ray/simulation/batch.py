@@ -1,0 +1,101 @@
+"""What passes between an engine, its driver and its device: batches, tokens, steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from agft_ray.simulation.physics import StepWork
+from agft_ray.types import Request, RequestTimings
+
+
+class StepDevice(Protocol):
+    """What runs an engine's steps: a GPU, in simulated seconds."""
+
+    def begin_step(self, t_s: float, work: StepWork) -> float:
+        """Start a step at `t_s`, or now if the device is past that; returns its predicted end."""
+        ...
+
+    def step_end_s(self) -> float | None:
+        """The running step's end as known now: clock changes move it; None if none runs."""
+        ...
+
+    def finish_step(self) -> float:
+        """Move to the running step's end and return it."""
+        ...
+
+
+@runtime_checkable
+class SeriesDevice(StepDevice, Protocol):
+    """A device that can jump over a series of decode steps."""
+
+    def run_series(
+        self, t_s: float, work: StepWork, max_steps: int, until_s: float
+    ) -> tuple[int, float]:
+        """Run steps from `t_s` on, or from now if the device is past that, `work` being the first
+        one's and each adding a token per sequence to the context.
+
+        As many whole steps, at most `max_steps`, as end by `until_s` under the present clock;
+        returns how many and the end of the last one.
+        """
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request inside the engine."""
+
+    request: Request
+    cached: int
+    """Leading tokens of the prompt that the prefix cache holds."""
+    length: int
+    """Tokens known: the prompt and what was generated."""
+    computed: int = 0
+    """Tokens whose KV is held."""
+    blocks: int = 0
+    decoding: bool = False
+    """All of `length` but the newest token is computed."""
+    running: bool = False
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+    @property
+    def remaining(self) -> int:
+        """Output tokens still to come."""
+        return self.request.prompt_tokens + self.request.output_tokens - self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One engine step: the tokens each sequence computes in it, and their sums."""
+
+    scheduled: list[tuple[Sequence, int]]
+    work: StepWork
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSeries:
+    """Decode-only steps ahead in which nothing but the context changes: each adds a token to it
+    for every sequence."""
+
+    work: StepWork
+    """The first step's."""
+    steps: int
+    """How many there can be, at least 1: until a sequence finishes or KV blocks run out."""
+
+    def work_after(self, steps: int) -> StepWork:
+        """What the step after so many computes."""
+        sequences = self.work.decode_sequences
+        return StepWork(0, sequences, self.work.context_tokens + steps * sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token."""
+
+    request_id: str
+    index: int
+    """Place in the output, from 0."""
+    t_s: float
+    timings: RequestTimings | None = None
+    """Of the whole request, with its last token."""
