@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from agft_ray import __version__
 from agft_ray.actors import status_command
 from agft_ray.errors import AgftError
+from agft_ray.evaluation import workload_options
 from agft_ray.gpu import commands as gpu_commands
 from agft_ray.types import Request
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from agft_ray.gpu.gpu_config import GpuConfig
     from agft_ray.settings import TunerConfig
 
-DEFAULT_RATE_PER_S = 1.5
 DEMO_WALL_S = 180.0
 DEFAULT_TIMEOUT_S = 600.0
 
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--url", default="http://127.0.0.1:8000")
     replay.add_argument("--model", help="default: the first the server lists")
     replay.add_argument("--speed", type=float, help="simulated seconds per wall second")
-    _add_workload(replay)
+    workload_options.add_workload_options(replay)
     replay.add_argument(
         "--duration", type=float, metavar="S", help="stop sending after so many simulated seconds"
     )
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="serve a config of simulated replicas, replay a workload, compare"
     )
     demo.add_argument("file", type=Path, nargs="?", default=Path("configs/simulated.yaml"))
-    _add_workload(demo)
+    workload_options.add_workload_options(demo)
     demo.add_argument(
         "--wall", type=float, default=DEMO_WALL_S, metavar="S", help="wall seconds of load"
     )
@@ -117,57 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     gpu_commands.add_commands(commands)
     status_command.add_command(commands)
     return parser
-
-
-def _add_workload(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--trace", type=Path, help="Azure CSV (TIMESTAMP,ContextTokens,GeneratedTokens)"
-    )
-    parser.add_argument("--keep", type=float, default=1.0, help="share of the trace's requests")
-    parser.add_argument(
-        "--rate",
-        type=float,
-        default=DEFAULT_RATE_PER_S,
-        help="requests per simulated second of the generated workload (without --trace)",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--skip-broken", action="store_true", help="pass over broken trace lines, naming them"
-    )
-
-
-def _workload(
-    arguments: argparse.Namespace, duration_s: float | None
-) -> tuple[int, Iterable[Request]]:
-    """How many requests there are to send, and they themselves.
-
-    The workload is gone through once before anything is sent, so that a broken line is found first.
-    """
-    count = sum(1 for _ in _requests(arguments, duration_s, tell=True))
-    return count, _requests(arguments, duration_s, tell=False)
-
-
-def _requests(
-    arguments: argparse.Namespace, duration_s: float | None, *, tell: bool
-) -> Iterable[Request]:
-    from agft_ray.simulation import workloads
-
-    def on_skip(message: str) -> None:
-        if tell:
-            print(f"skipped: {message}", file=sys.stderr)
-
-    try:
-        if arguments.trace is None:
-            if duration_s is None:
-                raise AgftError("--duration: required, the generated workload has no end")
-            return workloads.generate_conversation(arguments.rate, duration_s, arguments.seed)
-        trace = workloads.read_azure_trace(
-            arguments.trace, strict=not arguments.skip_broken, on_skip=on_skip
-        )
-        kept = workloads.thin(trace, arguments.keep, arguments.seed)
-        return kept if duration_s is None else workloads.until(kept, duration_s)
-    except ValueError as error:
-        raise AgftError(str(error)) from None
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -204,7 +153,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 
     bounds_s = (arguments.slo_ttft, arguments.slo_tpot)
     result, comparison = _run_replay(
-        _workload(arguments, arguments.duration),
+        workload_options.checked_workload(arguments, arguments.duration),
         url=arguments.url,
         out=arguments.out,
         slo=None if bounds_s == (None, None) else Slo(*bounds_s),
@@ -213,7 +162,9 @@ def _replay(arguments: argparse.Namespace) -> int:
         timeout_s=arguments.timeout,
     )
     if arguments.json is not None:
-        trace = arguments.trace.name if arguments.trace else f"conversation@{arguments.rate:g}"
+        trace = workload_options.workload_name(
+            arguments.trace, arguments.workload, arguments.rate
+        )
         origin = {"trace": trace, "seed": arguments.seed, "keep": arguments.keep}
         write_runs(arguments.json, records_of_replay(result, comparison, **origin))
     return _exit_status(result)
@@ -227,7 +178,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from agft_ray.serve.validation import simulated_app
 
     config = simulated_app(arguments.file)
-    workload = _workload(arguments, arguments.wall * config.speed)
+    workload = workload_options.checked_workload(arguments, arguments.wall * config.speed)
     out = arguments.out or Path(tempfile.mkdtemp(prefix="agft-demo-"))
     out.mkdir(parents=True, exist_ok=True)
     console = Console()

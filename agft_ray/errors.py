@@ -27,6 +27,10 @@ class TraceError(AgftError):
     """A request trace that cannot be read; names the file and, where there is one, the line."""
 
 
+class DownloadError(AgftError):
+    """A file that could not be fetched, or that is not the one it should be."""
+
+
 class StaleMetricsError(AgftError):
     """The newest values of a metrics source are missing or too old to act on."""
 

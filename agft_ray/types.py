@@ -18,6 +18,9 @@ W), or None for default clocks: nothing locked, no limit but the one found."""
 DEFAULT_CLOCKS_KEY = 0
 """How default clocks are written where arms are keyed by MHz (experience, priors, files)."""
 
+PREFIX_BLOCK_TOKENS = 512
+"""Tokens in one of the blocks of a prompt that `Request.prefix_blocks` names."""
+
 
 class Actuator(enum.StrEnum):
     """What of a GPU is set, and the unit its arms are in."""
@@ -142,8 +145,8 @@ class Request:
     prompt_tokens: int
     output_tokens: int
     prefix_blocks: tuple[int, ...] = ()
-    """Hash ids of the prompt's successive blocks of `PREFIX_BLOCK_TOKENS` tokens: equal leading
-    ids mean an equal prefix. Empty: nothing is known of it."""
+    """Hash ids of the prompt's successive blocks of `PREFIX_BLOCK_TOKENS` tokens (Mooncake's
+    `hash_ids`): equal leading ids mean an equal prefix. Empty: nothing is known of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,84 +1,246 @@
-"""Requests to serve: recorded traces, and a generator that resembles one."""
+"""Requests to serve, generated: one settings class for each kind of workload; `docs/workloads.md`.
+
+Every generator is an endless iterator in order of arrival; `until` ends it, `thin` keeps a share.
+The n-th request's lengths depend on the seed and the length settings alone, not on the rate.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from agft_ray.errors import TraceError
-from agft_ray.types import Request
-
-TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+from agft_ray.config import Count, Positive, StrictModel, parse
+from agft_ray.errors import ConfigError
+from agft_ray.simulation import arrivals, lengths
+from agft_ray.simulation.arrivals import WeeklyRate
+from agft_ray.simulation.lengths import Lengths, lognormal
+from agft_ray.simulation.traces import find_trace
+from agft_ray.types import PREFIX_BLOCK_TOKENS, Request
 
 CONVERSATION_CV = 1.09
 """Coefficient of variation of the times between arrivals: that of the Azure 2023 conversation
-trace (github.com/Azure/AzurePublicDataset, CC-BY 4.0), of which the quantiles below are, too."""
-_QUANTILES = (
-    0,
-    0.01,
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.85,
-    0.9,
-    0.95,
-    0.99,
-    0.999,
-    1,
-)
-# fmt: off
-# The trace's longest prompt is 14,050 tokens; here it is what an 8,192-token context leaves.
-_PROMPT_TOKENS = (
-    2, 29, 181, 207, 387, 403, 703, 1020, 1071, 1130, 1315, 1876, 2734, 4083, 4142, 6179, 7192,
-)
-_OUTPUT_TOKENS = (
-    7, 16, 41, 54, 77, 91, 103, 129, 177, 384, 400, 411, 424, 451, 601, 954, 1000,
-)
-# fmt: on
+trace (github.com/Azure/AzurePublicDataset, CC-BY 4.0)."""
+
+
+class Workload(StrictModel):
+    """Settings that every generator has. Arrivals are Poisson's unless a subclass says more."""
+
+    rate_per_s: Positive
+    """Mean arrivals per second."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of arrivals and lengths."""
+    max_model_len: Annotated[int, Field(ge=2)] = 8192
+    """Most tokens of a prompt and its output together: an output takes at most half of them, a
+    prompt at most what the output leaves."""
+
+    def requests(self) -> Iterator[Request]:
+        """The workload, without end; raises `TraceError` for a file it needs and cannot read."""
+        gaps, draws = np.random.default_rng(self.seed).spawn(2)
+        times_s = self._arrivals_s(gaps)
+        sizes = self._lengths().draw(draws)
+        return (
+            Request(str(number), t_s, prompt, output)
+            for number, t_s, (prompt, output) in zip(
+                itertools.count(1), times_s, sizes, strict=False
+            )
+        )
+
+    def _arrivals_s(self, random: np.random.Generator) -> Iterator[float]:
+        return arrivals.poisson(self.rate_per_s, random)
+
+    def _lengths(self) -> Lengths:
+        return Lengths(lengths.conversation_prompt, lengths.conversation_output, self.max_model_len)
+
+
+class AnyLengths(Workload):
+    """Lengths like the Azure 2023 conversation trace's, or of a median of your own."""
+
+    prompt_tokens: Count | None = None
+    """Median length of a prompt; if absent, prompts are the conversation trace's."""
+    output_tokens: Count | None = None
+    """Median length of an output; if absent, outputs are the conversation trace's."""
+    length_sigma: Annotated[float, Field(ge=0, le=3)] = 0.0
+    """Spread of the lengths given here: standard deviation of their logarithm (0: all equal)."""
+
+    def _lengths(self) -> Lengths:
+        prompt, output = self.prompt_tokens, self.output_tokens
+        sigma = self.length_sigma
+        return Lengths(
+            lognormal(prompt, sigma) if prompt else lengths.conversation_prompt,
+            lognormal(output, sigma) if output else lengths.conversation_output,
+            self.max_model_len,
+        )
+
+
+class Conversation(Workload):
+    """Chat requests like those of the Azure 2023 conversation trace, at any rate.
+
+    Gamma-distributed gaps with the trace's coefficient of variation. Prompt and output lengths are
+    drawn independently (the trace's rank correlation is 0.07).
+    """
+
+    def _arrivals_s(self, random: np.random.Generator) -> Iterator[float]:
+        return arrivals.gamma(self.rate_per_s, CONVERSATION_CV, random)
+
+
+class Poisson(AnyLengths):
+    """Poisson arrivals."""
+
+
+class GammaBurst(AnyLengths):
+    """Arrivals in bursts: gamma-distributed gaps."""
+
+    cv: Annotated[float, Field(gt=0, le=100)] = 3.0
+    """Coefficient of variation of the gaps; 1 is Poisson."""
+
+    def _arrivals_s(self, random: np.random.Generator) -> Iterator[float]:
+        return arrivals.gamma(self.rate_per_s, self.cv, random)
+
+
+class DayNight(AnyLengths):
+    """A rate that follows the hours of a week, read from a file and scaled to `rate_per_s`."""
+
+    rates: str
+    """CSV with the columns hour_of_week and req_per_min_low, _mid, _high: a path, or a name in
+    `$AGFT_RAY_DATA/traces`."""
+    column: Literal["low", "mid", "high"] = "mid"
+    """Which of the rates."""
+    start_hour: Annotated[float, Field(ge=0, lt=arrivals.HOURS_A_WEEK)] = 0.0
+    """The hour of the week at which it begins."""
+
+    def _arrivals_s(self, random: np.random.Generator) -> Iterator[float]:
+        rate = WeeklyRate.read(find_trace(self.rates), f"req_per_min_{self.column}")
+        return rate.arrivals(self.rate_per_s, self.start_hour, random)
+
+
+class _Prototype(Workload):
+    """AGFT names five prototypes of load and, as far as is public, no numbers: these are ours."""
+
+    prompt: ClassVar[tuple[int, float]]
+    """Median tokens, standard deviation of their logarithm."""
+    output: ClassVar[tuple[int, float]]
+    """As `prompt`."""
+
+    def _lengths(self) -> Lengths:
+        return Lengths(lognormal(*self.prompt), lognormal(*self.output), self.max_model_len)
+
+
+class NormalLoad(_Prototype):
+    """Prompts of 512 tokens in the median, outputs of 192, Poisson arrivals."""
+
+    prompt, output = (512, 0.8), (192, 0.7)
+
+
+class LongContext(_Prototype):
+    """Prompts of 4,096 tokens in the median, short outputs: prefill has most of the work."""
+
+    prompt, output = (4096, 0.4), (128, 0.6)
+
+
+class LongGeneration(_Prototype):
+    """Outputs of 1,024 tokens in the median, short prompts: decode has nearly all of the work."""
+
+    prompt, output = (256, 0.6), (1024, 0.5)
+
+
+class HighConcurrency(_Prototype):
+    """Short requests that arrive `group_size` at once, so that many run at the same time."""
+
+    prompt, output = (256, 0.6), (192, 0.7)
+    group_size: Count = 16
+    """Requests that arrive together; `rate_per_s` stays the rate of single requests."""
+
+    def _arrivals_s(self, random: np.random.Generator) -> Iterator[float]:
+        return arrivals.groups(self.rate_per_s, self.group_size, random)
+
+
+class HighCacheHit(_Prototype):
+    """Prompts that begin with one of a few long texts, as system prompts or documents are.
+
+    Before a question of its own (256 tokens in the median) each prompt has `shared_blocks` blocks
+    in common with all others that begin with the same text; `Request.prefix_blocks` says so.
+    """
+
+    prompt, output = (256, 0.6), (192, 0.7)
+    prefixes: Count = 8
+    """How many texts there are, all equally frequent."""
+    shared_blocks: Count = 4
+    """Length of a text in blocks of 512 tokens."""
+
+    @model_validator(mode="after")
+    def _check_room(self) -> Self:
+        if self._shared_tokens > self.max_model_len // 2:
+            raise ValueError(
+                f"shared_blocks: {self.shared_blocks} blocks of {PREFIX_BLOCK_TOKENS} tokens must "
+                f"fit half of max_model_len, which is {self.max_model_len}; lower it or raise that"
+            )
+        return self
+
+    @property
+    def _shared_tokens(self) -> int:
+        return self.shared_blocks * PREFIX_BLOCK_TOKENS
+
+    def requests(self) -> Iterator[Request]:
+        texts = np.random.default_rng(self.seed).spawn(3)[2]
+        own_ids = itertools.count(self.prefixes * self.shared_blocks)
+        for request in super().requests():
+            first_id = int(texts.integers(self.prefixes)) * self.shared_blocks
+            own_blocks = -(-request.prompt_tokens // PREFIX_BLOCK_TOKENS)
+            yield dataclasses.replace(
+                request,
+                prompt_tokens=self._shared_tokens + request.prompt_tokens,
+                prefix_blocks=(
+                    *range(first_id, first_id + self.shared_blocks),
+                    *itertools.islice(own_ids, own_blocks),
+                ),
+            )
+
+    def _lengths(self) -> Lengths:
+        room = self.max_model_len - self._shared_tokens
+        return Lengths(lognormal(*self.prompt), lognormal(*self.output), room)
+
+
+WORKLOADS: dict[str, type[Workload]] = {
+    "conversation": Conversation,
+    "poisson": Poisson,
+    "gamma_burst": GammaBurst,
+    "day_night": DayNight,
+    "normal_load": NormalLoad,
+    "long_context": LongContext,
+    "long_generation": LongGeneration,
+    "high_concurrency": HighConcurrency,
+    "high_cache_hit": HighCacheHit,
+}
+
+
+def generate(
+    name: str, *, rate_per_s: float, seed: int = 0, **parameters: Any
+) -> Iterator[Request]:
+    """The workload of this name, without end: see `WORKLOADS` for names and their settings.
+
+    Raises `ConfigError` with every problem of the settings, and `TraceError` for a file they name.
+    """
+    workload = WORKLOADS.get(name)
+    if workload is None:
+        close = difflib.get_close_matches(name, WORKLOADS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; choose one of {_NAMES}"
+        raise ConfigError("workload", [f"name: there is no {name!r}{hint}"])
+    settings = {"rate_per_s": rate_per_s, "seed": seed} | parameters
+    return parse(workload, settings, source=f"workload {name}").requests()
+
+
+_NAMES = ", ".join(WORKLOADS)
 
 
 def generate_conversation(rate_per_s: float, duration_s: float, seed: int) -> Iterator[Request]:
-    """Chat requests like those of the Azure 2023 conversation trace, at any rate.
-
-    Arrivals are a renewal process with gamma-distributed gaps of mean `1 / rate_per_s` and the
-    trace's coefficient of variation. Prompt and output lengths are drawn independently (the
-    trace's rank correlation is 0.07) from piecewise linear quantile functions through the trace's
-    quantiles; prompt and output together never exceed 8,192 tokens. The n-th request's lengths
-    depend on the seed alone.
-
-    Raises `ValueError` unless rate and duration are positive.
-    """
-    for name, value in (("rate_per_s", rate_per_s), ("duration_s", duration_s)):
-        if not value > 0:
-            raise ValueError(f"{name}: must be above 0, got {value}")
-    return until(_conversation(rate_per_s, seed), duration_s)
-
-
-def _conversation(rate_per_s: float, seed: int) -> Iterator[Request]:
-    gaps, lengths = np.random.default_rng(seed).spawn(2)
-    shape = CONVERSATION_CV**-2
-    scale_s = 1.0 / (rate_per_s * shape)
-    t_s = 0.0
-    for number in itertools.count(1):
-        t_s += gaps.gamma(shape, scale_s)
-        prompt, output = lengths.random(2)
-        yield Request(
-            request_id=str(number),
-            arrival_s=t_s,
-            prompt_tokens=round(np.interp(prompt, _QUANTILES, _PROMPT_TOKENS)),
-            output_tokens=round(np.interp(output, _QUANTILES, _OUTPUT_TOKENS)),
-        )
+    """The workload `conversation` for so long; raises as `generate` and `until`."""
+    return until(generate("conversation", rate_per_s=rate_per_s, seed=seed), duration_s)
 
 
 def thin(requests: Iterable[Request], keep: float, seed: int) -> Iterator[Request]:
@@ -94,91 +256,10 @@ def thin(requests: Iterable[Request], keep: float, seed: int) -> Iterator[Reques
 
 
 def until(requests: Iterable[Request], duration_s: float) -> Iterator[Request]:
-    """The requests that arrive before `duration_s`; they must come in order of arrival."""
-    return itertools.takewhile(lambda request: request.arrival_s < duration_s, requests)
+    """The requests that arrive before `duration_s`; they must come in order of arrival.
 
-
-def read_azure_trace(
-    path: str | Path, *, strict: bool = True, on_skip: Callable[[str], None] | None = None
-) -> Iterator[Request]:
-    """The requests of a trace in the format of github.com/Azure/AzurePublicDataset, streamed.
-
-    A CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens, in any order and
-    among others. Arrivals are seconds since the first request, ids the numbers of the rows from 1.
-
-    Raises `TraceError`, while iterating, for a file that cannot be read, lacks a column or holds
-    no request, and for a broken line (columns, numbers, tokens below 1, time that goes backwards);
-    unless `strict`, broken lines are passed over and `on_skip` is told of each.
+    Raises `ValueError` unless the duration is positive.
     """
-    try:
-        with Path(path).open(encoding="utf-8-sig", errors="replace") as file:
-            yield from _read(file, path, strict, on_skip)
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _read(
-    file: Iterable[str], path: str | Path, strict: bool, on_skip: Callable[[str], None] | None
-) -> Iterator[Request]:
-    rows = (line.rstrip("\n").split(",") for line in file)
-    header = next(rows, [])
-    parser = _RowParser(len(header), _column_indices(header, path))
-    for number, row in enumerate(rows, 1):
-        try:
-            yield parser.parse(str(number), row)
-        except ValueError as error:
-            problem = f"{path}: line {number + 1}: {error}"
-            if strict:
-                raise TraceError(f"{problem}; correct the line or skip broken ones") from None
-            if on_skip is not None:
-                on_skip(problem)
-    if parser.first is None:
-        raise TraceError(f"{path}: holds no request")
-
-
-def _column_indices(header: list[str], path: str | Path) -> list[int]:
-    missing = [name for name in TRACE_COLUMNS if name not in header]
-    if missing:
-        raise TraceError(
-            f"{path}: line 1: must name the columns {', '.join(TRACE_COLUMNS)}; "
-            f"missing: {', '.join(missing)}"
-        )
-    return [header.index(name) for name in TRACE_COLUMNS]
-
-
-@dataclass(slots=True)
-class _RowParser:
-    columns: int
-    indices: list[int]
-    first: datetime | None = None
-    """Time of the first request."""
-    latest_s: float = 0.0
-
-    def parse(self, request_id: str, row: list[str]) -> Request:
-        """Raises `ValueError`, and is as before, if the row is broken."""
-        if len(row) != self.columns:
-            raise ValueError(f"must have {self.columns} columns like the header, has {len(row)}")
-        timestamp, prompt, output = (row[index] for index in self.indices)
-        prompt_tokens = _tokens(TRACE_COLUMNS[1], prompt)
-        output_tokens = _tokens(TRACE_COLUMNS[2], output)
-        arrival_s = self._arrival_s(timestamp)
-        return Request(request_id, arrival_s, prompt_tokens, output_tokens)
-
-    def _arrival_s(self, timestamp: str) -> float:
-        name = TRACE_COLUMNS[0]
-        try:
-            time = datetime.fromisoformat(timestamp)
-            arrival_s = (time - (self.first or time)).total_seconds()
-        except (ValueError, TypeError):  # the latter if only one of the two has a time zone
-            raise ValueError(f"{name}: must be an ISO 8601 time, got {timestamp!r}") from None
-        if arrival_s < self.latest_s:
-            raise ValueError(f"{name}: must not go back, got {timestamp} after a later time")
-        self.first, self.latest_s = self.first or time, arrival_s
-        return arrival_s
-
-
-def _tokens(name: str, text: str) -> int:
-    tokens = int(text) if text.strip().isdecimal() else 0
-    if tokens < 1:
-        raise ValueError(f"{name}: must be a whole number above 0, got {text!r}")
-    return tokens
+    if not duration_s > 0:
+        raise ValueError(f"duration_s: must be above 0, got {duration_s}")
+    return itertools.takewhile(lambda request: request.arrival_s < duration_s, requests)

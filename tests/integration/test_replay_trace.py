@@ -11,6 +11,7 @@ from serve_app import gpu_states, running_app, simulated_config
 from agft_ray.evaluation.replay import replay
 from agft_ray.evaluation.summary import summarise
 from agft_ray.simulation import workloads
+from agft_ray.simulation.traces import open_trace
 
 pytestmark = pytest.mark.ray
 DURATION_S = 600.0
@@ -38,9 +39,7 @@ def integral_j(history_path, until_s):
 
 def test_no_request_is_lost_and_all_accounts_agree(directory, conversation_trace):
     requests = list(
-        workloads.until(
-            workloads.thin(workloads.read_azure_trace(conversation_trace), 0.05, 0), DURATION_S
-        )
+        workloads.until(workloads.thin(open_trace(conversation_trace), 0.05, 0), DURATION_S)
     )
     content = simulated_config(directory, args={"speed": SPEED})
     with running_app(directory, content) as app:

@@ -138,7 +138,10 @@ def test_a_broken_trace_line_is_named_and_nothing_is_sent(tmp_path, capsys):
         ([], "--duration"),
         (["--duration", "10", "--rate", "-1"], "rate"),
         (["--duration", "nan"], "duration"),
-        (["--trace", "absent.csv", "--keep", "2"], "keep"),
+        (["--trace", __file__, "--keep", "2"], "keep"),
+        (["--duration", "10", "--workload", "poison"], "did you mean 'poisson'?"),
+        (["--duration", "10", "--workload", "gamma_burst", "--param", "cv=-1"], "cv: input"),
+        (["--duration", "10", "--param", "cv"], "--param: must be KEY=VALUE, got 'cv'"),
     ],
 )
 def test_bad_replays_are_refused(capsys, arguments, words):

@@ -1,20 +1,41 @@
-"""The generator against the published figures of the trace it resembles; reading and refusing."""
+"""Generators against closed forms and published figures; bounds are 4 standard errors."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
-from agft_ray.errors import TraceError
-from agft_ray.simulation.workloads import generate_conversation, read_azure_trace, thin, until
+from agft_ray.errors import ConfigError, TraceError
+from agft_ray.simulation.workloads import (
+    WORKLOADS,
+    generate,
+    generate_conversation,
+    thin,
+    until,
+)
 
-HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-ROW = "2023-11-16 18:15:46.6805900,374,44\n"
+RATES = "hour_of_week,req_per_min_low,req_per_min_mid,req_per_min_high\n"
+COUNT = 50_000
 
 
-def cv(requests):
-    gaps_s = np.diff([request.arrival_s for request in requests])
-    return gaps_s.std() / gaps_s.mean()
+@pytest.fixture
+def write_rates(tmp_path):
+    def write(rows):
+        path = tmp_path / "rate.csv"
+        path.write_text(RATES + rows)
+        return str(path)
+
+    return write
+
+
+def take(name, count=COUNT, *, rate_per_s=2.0, seed=7, **parameters):
+    requests = generate(name, rate_per_s=rate_per_s, seed=seed, **parameters)
+    return list(itertools.islice(requests, count))
+
+
+def gaps_of(requests):
+    return np.diff([0.0, *(request.arrival_s for request in requests)])
 
 
 def figures(tokens):
@@ -23,7 +44,7 @@ def figures(tokens):
 
 @pytest.fixture(scope="module")
 def generated():
-    return list(itertools.islice(generate_conversation(2.0, 1e9, seed=7), 60_000))
+    return take("conversation", 60_000)
 
 
 def test_generated_lengths_are_those_of_the_trace(generated):
@@ -31,30 +52,204 @@ def test_generated_lengths_are_those_of_the_trace(generated):
     outputs = [request.output_tokens for request in generated]
     assert figures(prompts) == pytest.approx([1155, 1020, 4142], rel=0.05)
     assert figures(outputs) == pytest.approx([211, 129, 601], rel=0.05)
-    assert max(p + o for p, o in zip(prompts, outputs, strict=True)) <= 8192
-    assert min(*prompts, *outputs) >= 1
 
 
 def test_generated_arrivals_have_the_rate_and_burstiness(generated):
-    assert len(generated) / generated[-1].arrival_s == pytest.approx(2.0, rel=0.02)
-    assert cv(generated) == pytest.approx(1.09, abs=0.03)
+    gaps_s = gaps_of(generated)
+    assert gaps_s.mean() == pytest.approx(0.5, rel=0.02)
+    assert gaps_s.std() / gaps_s.mean() == pytest.approx(1.09, abs=0.03)
 
 
-def test_generation_is_seeded_and_lengths_do_not_depend_on_the_rate():
-    slow, again = (list(generate_conversation(1.0, 50.0, seed=3)) for _ in range(2))
-    fast = list(generate_conversation(2.0, 25.0, seed=3))
-    other = list(generate_conversation(1.0, 50.0, seed=4))
-    assert slow == again
-    assert slow != other
-    assert [r.prompt_tokens for r in slow] == [r.prompt_tokens for r in fast]
-    assert [r.arrival_s for r in slow] == pytest.approx([2 * r.arrival_s for r in fast])
-    assert all(request.arrival_s < 50.0 for request in slow)
+def test_conversation_is_bounded_by_its_duration():
+    requests = list(generate_conversation(1.0, 50.0, seed=3))
+    assert requests == take("conversation", len(requests), rate_per_s=1.0, seed=3)
+    assert requests[-1].arrival_s < 50.0 <= take("conversation", 99, rate_per_s=1.0)[-1].arrival_s
+    with pytest.raises(ValueError, match="duration_s: must be above 0, got -1"):
+        generate_conversation(1.0, -1.0, seed=3)
 
 
-@pytest.mark.parametrize("arguments", [(0.0, 1.0), (1.0, -1.0), (float("nan"), 1.0)])
-def test_generation_needs_a_positive_rate_and_duration(arguments):
-    with pytest.raises(ValueError, match="must be above 0"):
-        generate_conversation(*arguments, seed=0)
+@pytest.fixture(params=WORKLOADS)
+def name_and_settings(request, write_rates):
+    rates = {"rates": write_rates("0,1,2,3\n84,1,4,9\n")} if request.param == "day_night" else {}
+    return request.param, rates
+
+
+def test_a_stream_depends_on_the_seed_alone(name_and_settings):
+    name, settings = name_and_settings
+    assert take(name, 3000, **settings) == take(name, 3000, **settings)
+    assert take(name, 3000, **settings)[:100] == take(name, 100, **settings)
+    assert take(name, 100, **settings) != take(name, 100, seed=8, **settings)
+
+
+def test_lengths_do_not_depend_on_the_rate(name_and_settings):
+    name, settings = name_and_settings
+    lengths = [
+        [(r.prompt_tokens, r.output_tokens) for r in take(name, 500, rate_per_s=rate, **settings)]
+        for rate in (0.1, 30.0)
+    ]
+    assert lengths[0] == lengths[1]
+
+
+def test_every_workload_is_in_order_and_fits_the_context(name_and_settings):
+    name, settings = name_and_settings
+    requests = take(name, 20_000, max_model_len=4096, seed=0, **settings)
+    assert all(gap >= 0 for gap in gaps_of(requests))
+    assert all(type(r.prompt_tokens) is type(r.output_tokens) is int for r in requests)
+    assert min(min(r.prompt_tokens, r.output_tokens) for r in requests) >= 1
+    assert max(r.prompt_tokens + r.output_tokens for r in requests) <= 4096
+    assert max(r.output_tokens for r in requests) <= 2048
+
+
+def test_poisson_gaps_are_exponential():
+    gaps_s = gaps_of(take("poisson"))
+    # Exponential of mean m: standard error of the mean m/sqrt(n), of the variance m^2 sqrt(8/n).
+    assert gaps_s.mean() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(COUNT))
+    assert gaps_s.var() == pytest.approx(0.25, abs=4 * 0.25 * math.sqrt(8 / COUNT))
+    longer = np.mean(gaps_s > 1.0)
+    assert longer == pytest.approx(math.exp(-2), abs=4 * math.sqrt(0.135 * 0.865 / COUNT))
+
+
+@pytest.mark.parametrize("cv", [0.5, 3.0])
+def test_gamma_gaps_have_the_asked_for_variation(cv):
+    gaps_s = gaps_of(take("gamma_burst", cv=cv))
+    # Gamma of shape k = 1/cv^2: variance of the mean (m cv)^2 / n, of the variance
+    # (m cv)^4 (2 + 6/k) / n.
+    variance = (0.5 * cv) ** 2
+    assert gaps_s.mean() == pytest.approx(0.5, abs=4 * math.sqrt(variance / COUNT))
+    error = 4 * variance * math.sqrt((2 + 6 * cv**2) / COUNT)
+    assert gaps_s.var() == pytest.approx(variance, abs=error)
+
+
+def test_day_night_follows_its_rate(write_rates):
+    """Rates 1, 3, 1 at hours 0, 12, 24 and 1 to the week's end: mean 192/168, scaled to 0.1/s."""
+    rates = write_rates("0,9,1,9\n12,9,3,9\n24,9,1,9\n")
+    scale = 0.1 * 168 / 192
+    week_s = 168 * 3600
+    requests = take("day_night", 130_000, rate_per_s=0.1, rates=rates)
+    times_s = np.array([request.arrival_s for request in requests])
+    assert times_s[-1] > 2 * week_s
+
+    def expected(hour):  # integral of the rate from 0, for hours up to 24
+        first, second = min(hour, 12), max(hour - 12, 0)
+        return 3600 * scale * (first + first**2 / 12 + 3 * second - second**2 / 12)
+
+    def counted(start_s, end_s):
+        return np.sum((start_s <= times_s) & (times_s < end_s))
+
+    for week in (0, 1):
+        start_s = week * week_s
+        for hours in ((0, 6), (6, 12), (12, 18), (18, 24)):
+            mean = expected(hours[1]) - expected(hours[0])
+            count = counted(*(start_s + hour * 3600 for hour in hours))
+            assert abs(count - mean) < 4 * math.sqrt(mean)
+        total = 0.1 * week_s
+        assert abs(counted(start_s, start_s + week_s) - total) < 4 * math.sqrt(total)
+
+
+def test_day_night_is_linear_across_the_end_of_the_week(write_rates):
+    """Rate 0 at hour 24 and 2 at hour 144: back to 0 over the 48 hours across midnight."""
+    rates = write_rates("24,0,0,0\n144,2,2,2\n")
+    requests = take("day_night", 20_000, rate_per_s=0.1, rates=rates, start_hour=144.0)
+    times_h = [r.arrival_s / 3600 for r in requests]
+    assert times_h[-1] > 48
+    # The mean is 1 of the file's unit. Hours 144 to 168 from 2 to 1, then to hour 24 from 1 to 0.
+    for start, end, mean_rate in ((0, 24, 1.5), (24, 48, 0.5)):
+        mean = 0.1 * mean_rate * 24 * 3600
+        assert abs(sum(start <= t < end for t in times_h) - mean) < 4 * math.sqrt(mean)
+
+
+def test_day_night_takes_the_column_asked_for(write_rates):
+    rates = write_rates("0,1,1,0\n80,1,1,0\n84,1,1,5\n88,1,1,0\n")
+    high = take("day_night", 1000, rates=rates, column="high")
+    assert all(80 * 3600 <= r.arrival_s % (168 * 3600) <= 88 * 3600 for r in high)
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ("0,1,x,1\n", "line 2: could not convert"),
+        ("0,1,nan,1\n", "line 2: rate: must be a number, 0 or more, got nan"),
+        ("0,1,-1,1\n", "line 2: rate"),
+        ("0,1,1,1\n0,1,1,1\n", "line 3: hour_of_week: must rise"),
+        ("168,1,1,1\n", "line 2: hour_of_week"),
+        ("0,1\n", "line 2: "),
+        ("0,1,0,1\n", "must hold a rate above 0 in the column req_per_min_mid"),
+        ("", "must hold a rate above 0"),
+    ],
+)
+def test_a_broken_rate_file_is_named(write_rates, rows, problem):
+    with pytest.raises(TraceError, match=rf"rate\.csv: {problem}"):
+        generate("day_night", rate_per_s=1.0, rates=write_rates(rows))
+
+
+def test_lengths_of_ones_own():
+    fixed = take("poisson", 2000, prompt_tokens=100, output_tokens=20)
+    assert {(r.prompt_tokens, r.output_tokens) for r in fixed} == {(100, 20)}
+    spread = take("poisson", prompt_tokens=800, output_tokens=100, length_sigma=0.5)
+    logs = np.log([r.prompt_tokens for r in spread])
+    assert logs.mean() == pytest.approx(math.log(800), abs=4 * 0.5 / math.sqrt(COUNT))
+    assert logs.std() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(2 * COUNT))
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "output"),
+    [
+        ("normal_load", 512, 192),
+        ("long_context", 4096, 128),
+        ("long_generation", 256, 1024),
+        ("high_concurrency", 256, 192),
+        ("high_cache_hit", 4 * 512 + 256, 192),
+    ],
+)
+def test_prototypes_have_their_medians_and_rate(name, prompt, output):
+    requests = take(name)
+    assert np.median([r.prompt_tokens for r in requests]) == pytest.approx(prompt, rel=0.03)
+    assert np.median([r.output_tokens for r in requests]) == pytest.approx(output, rel=0.03)
+    assert requests[-1].arrival_s == pytest.approx(COUNT / 2.0, rel=0.08)
+
+
+def test_high_concurrency_comes_in_groups():
+    times_s = [r.arrival_s for r in take("high_concurrency", 8000, group_size=8)]
+    sizes = [len(list(group)) for _, group in itertools.groupby(times_s)]
+    assert set(sizes) == {8}
+
+
+def test_high_cache_hit_shares_prefixes_and_nothing_else():
+    requests = take("high_cache_hit", 5000, prefixes=3, shared_blocks=2)
+    texts = {r.prefix_blocks[:2] for r in requests}
+    assert texts == {(0, 1), (2, 3), (4, 5)}
+    own = [each for r in requests for each in r.prefix_blocks[2:]]
+    assert len(own) == len(set(own))
+    assert not set(own) & set(range(6))
+    assert all(len(r.prefix_blocks) == math.ceil(r.prompt_tokens / 512) for r in requests)
+    counts = [sum(r.prefix_blocks[0] == first for r in requests) for first in (0, 2, 4)]
+    assert counts == pytest.approx([5000 / 3] * 3, abs=4 * math.sqrt(5000 * 2 / 9))
+
+
+def test_other_workloads_say_nothing_of_their_prompts():
+    assert not any(request.prefix_blocks for request in take("normal_load", 100))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("poison", {}, "there is no 'poison'; did you mean 'poisson'?"),
+        ("zzz", {}, "choose one of conversation, poisson"),
+        ("poisson", {"rate_per_s": 0.0}, "rate_per_s: input should be greater than 0, got 0.0"),
+        ("poisson", {"rate_per_s": math.nan}, "rate_per_s"),
+        ("poisson", {"seed": -1}, "seed"),
+        ("gamma_burst", {"cv": math.inf, "prompt_tokens": 0}, "prompt_tokens"),
+        ("gamma_burst", {"cv": math.inf, "prompt_tokens": 0}, "cv"),
+        ("gamma_burst", {"cvv": 2.0}, "cvv: unknown setting; did you mean 'cv'?"),
+        ("normal_load", {"prompt": (1, 0.1)}, "prompt: unknown setting"),
+        ("day_night", {}, "rates: required, and missing"),
+        ("high_cache_hit", {"shared_blocks": 9}, "shared_blocks: 9 blocks of 512 tokens must fit"),
+    ],
+)
+def test_bad_settings_are_refused_together(name, settings, words):
+    with pytest.raises(ConfigError) as error:
+        generate(name, **{"rate_per_s": 1.0} | settings)
+    assert words in str(error.value)
 
 
 def test_thinning_keeps_a_share_that_does_not_depend_on_duration(generated):
@@ -69,93 +264,5 @@ def test_thinning_keeps_a_share_that_does_not_depend_on_duration(generated):
 
 def test_until_stops_before_the_duration(generated):
     assert list(until(generated, generated[10].arrival_s)) == generated[:10]
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(content):
-        path = tmp_path / "trace.csv"
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write
-
-
-def test_reading_gives_relative_arrivals_and_row_numbers(write):
-    later = "2023-11-16 18:15:50.9305900,396,109\r\n"
-    rows = list(read_azure_trace(write("\ufeff" + HEADER + ROW + later)))
-    assert [(r.request_id, r.prompt_tokens, r.output_tokens) for r in rows] == [
-        ("1", 374, 44),
-        ("2", 396, 109),
-    ]
-    assert [r.arrival_s for r in rows] == pytest.approx([0.0, 4.25])
-
-
-def test_reading_finds_columns_by_name(write):
-    content = "GeneratedTokens,Model,TIMESTAMP,ContextTokens\n44,x,2024-05-10 00:00:00+00:00,374\n"
-    (request,) = read_azure_trace(write(content))
-    assert (request.prompt_tokens, request.output_tokens) == (374, 44)
-
-
-BROKEN = [
-    ("2023-11-16 18:15:47,374\n", "must have 3 columns"),
-    ("\n", "must have 3 columns"),
-    ("2023-11-16 18:15:47,many,44\n", "ContextTokens: .*'many'"),
-    ("2023-11-16 18:15:47,374,0\n", "GeneratedTokens: .*above 0, got '0'"),
-    ("2023-11-16 18:15:47,374,-3\n", "GeneratedTokens: .*above 0, got '-3'"),
-    ("2023-11-16 18:15:47,nan,44\n", "ContextTokens: .*'nan'"),
-    ("yesterday,374,44\n", "TIMESTAMP: must be an ISO 8601 time, got 'yesterday'"),
-    ("2023-11-16 18:15:47Z,374,44\n", "TIMESTAMP: must be an ISO 8601 time"),
-    ("2023-11-16 18:15:46,374,44\n", "TIMESTAMP: must not go back"),
-]
-
-
-@pytest.mark.parametrize(("line", "problem"), BROKEN)
-def test_a_broken_line_is_named_or_skipped(write, line, problem):
-    path = write(HEADER + ROW + line + ROW)
-    with pytest.raises(TraceError, match=rf"trace\.csv: line 3: {problem}"):
-        list(read_azure_trace(path))
-    skipped = []
-    requests = list(read_azure_trace(path, strict=False, on_skip=skipped.append))
-    assert [request.request_id for request in requests] == ["1", "3"]
-    assert len(skipped) == 1
-    assert "line 3" in skipped[0]
-
-
-def test_a_byte_that_is_no_text_breaks_its_line_only(write):
-    path = write((HEADER + ROW).encode() + b"\xff\xfe,1,1\n" + ROW.encode())
-    assert len(list(read_azure_trace(path, strict=False))) == 2
-
-
-def test_a_broken_first_row_is_not_the_origin_of_time(write):
-    path = write(HEADER + "2020-01-01 00:00:00,0,1\n" + ROW)
-    (request,) = read_azure_trace(path, strict=False)
-    assert (request.request_id, request.arrival_s) == ("2", 0.0)
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ("", "line 1: must name the columns .*missing: TIMESTAMP, ContextTokens, GeneratedTokens"),
-        ("TIMESTAMP,ContextTokens\n" + ROW, "missing: GeneratedTokens"),
-        (HEADER, "holds no request"),
-        (HEADER + "a,b,c\n", "holds no request"),
-    ],
-)
-def test_a_file_without_columns_or_requests_is_always_an_error(write, content, problem):
-    with pytest.raises(TraceError, match=problem):
-        list(read_azure_trace(write(content), strict=False))
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(TraceError, match=r"absent\.csv: cannot be read: No such file"):
-        list(read_azure_trace(tmp_path / "absent.csv"))
-
-
-def test_the_real_trace_has_its_published_figures(conversation_trace):
-    requests = list(read_azure_trace(conversation_trace))
-    assert len(requests) == 19_366
-    assert requests[-1].arrival_s == pytest.approx(3502, abs=0.5)
-    assert cv(requests) == pytest.approx(1.09, abs=0.005)
-    assert figures([r.prompt_tokens for r in requests]) == pytest.approx([1155, 1020, 4142], abs=1)
-    assert figures([r.output_tokens for r in requests]) == pytest.approx([211, 129, 601], abs=1)
+    with pytest.raises(ValueError, match="duration_s: must be above 0, got nan"):
+        until(generated, math.nan)

@@ -1,0 +1,119 @@
+"""The options of a command that needs requests: a trace, or a generated workload."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agft_ray.errors import AgftError, ConfigError
+from agft_ray.types import Request
+
+DEFAULT_WORKLOAD = "conversation"
+DEFAULT_RATE_PER_S = 1.5
+
+
+def add_workload_options(parser: argparse.ArgumentParser) -> None:
+    """Add --trace or --workload, and what goes with them."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="a path, or a name in $AGFT_RAY_DATA/traces: Azure CSV, Mooncake JSON lines, or CSV "
+        "of arrival_time_ns,input_toks,output_toks",
+    )
+    source.add_argument(
+        "--workload",
+        default=DEFAULT_WORKLOAD,
+        metavar="NAME",
+        help=f"generated: {DEFAULT_WORKLOAD} (the default), poisson, gamma_burst, day_night, or "
+        "one of AGFT's five: normal_load, long_context, long_generation, high_concurrency, "
+        "high_cache_hit",
+    )
+    parser.add_argument("--keep", type=float, default=1.0, help="share of the trace's requests")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=DEFAULT_RATE_PER_S,
+        help="requests per simulated second of the generated workload (without --trace)",
+    )
+    parser.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the generated workload, such as cv=4; repeatable",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="pass over broken trace lines, naming them"
+    )
+
+
+def checked_workload(
+    arguments: argparse.Namespace, duration_s: float | None
+) -> tuple[int, Iterable[Request]]:
+    """How many requests there are to send, and they themselves.
+
+    The workload is gone through once before anything is sent, so that a broken line is found first.
+    Raises `AgftError` for what is wrong with the options or the trace.
+    """
+    count = sum(1 for _ in workload(arguments, duration_s, tell=True))
+    return count, workload(arguments, duration_s, tell=False)
+
+
+def workload(
+    arguments: argparse.Namespace, duration_s: float | None, *, tell: bool
+) -> Iterable[Request]:
+    """The requests that the options name; `tell`: name skipped lines on standard error."""
+    from agft_ray.simulation.traces import find_trace, open_trace
+    from agft_ray.simulation.workloads import thin, until
+
+    def on_skip(message: str) -> None:
+        if tell:
+            print(f"skipped: {message}", file=sys.stderr)
+
+    try:
+        if arguments.trace is None:
+            if duration_s is None:
+                raise AgftError("--duration: required, the generated workload has no end")
+            return until(_generated(arguments), duration_s)
+        strict = not arguments.skip_broken
+        trace = open_trace(find_trace(arguments.trace), strict=strict, on_skip=on_skip)
+        kept = thin(trace, arguments.keep, arguments.seed)
+        return kept if duration_s is None else until(kept, duration_s)
+    except ValueError as error:
+        raise AgftError(str(error)) from None
+
+
+def workload_name(trace: str | None, workload: str, rate_per_s: float) -> str:
+    """How records name it: the trace's file name, or the generated workload and its rate."""
+    return Path(trace).name if trace else f"{workload}@{rate_per_s:g}"
+
+
+def _generated(arguments: argparse.Namespace) -> Iterable[Request]:
+    from agft_ray.simulation.workloads import generate
+
+    settings = {"rate_per_s": arguments.rate, "seed": arguments.seed}
+    return generate(arguments.workload, **settings | parse_parameters(arguments.param))
+
+
+def parse_parameters(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["cv=4", ...]` as a dictionary, values read as YAML; raises `ConfigError` for others."""
+    parameters: dict[str, Any] = {}
+    problems = []
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        try:
+            parameters[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not (key and equals):
+            problems.append(f"--param: must be KEY=VALUE, got {pair!r}")
+    if problems:
+        raise ConfigError("workload", problems)
+    return parameters
