@@ -132,10 +132,6 @@ class EngineSample:
         return self.running == 0 and self.waiting == 0
 
 
-PREFIX_BLOCK_TOKENS = 512
-"""Tokens of a prompt that one of `Request.prefix_blocks` stands for."""
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request of a workload: when it arrives and how long its prompt and output are."""

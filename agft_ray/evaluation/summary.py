@@ -61,11 +61,15 @@ class Distribution:
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Distribution:
         """Of those that are not None."""
-        known = np.array([value for value in values if value is not None])
-        if not known.size:
+        return cls.of_array(np.array([value for value in values if value is not None]))
+
+    @classmethod
+    def of_array(cls, values: np.ndarray) -> Distribution:
+        """Of all of them."""
+        if not values.size:
             return cls()
-        p50, p95, p99 = np.percentile(known, (50, 95, 99)).tolist()
-        return cls(known.size, float(known.mean()), p50, p95, p99)
+        p50, p95, p99 = np.percentile(values, (50, 95, 99)).tolist()
+        return cls(values.size, float(values.mean()), p50, p95, p99)
 
 
 @dataclass(frozen=True, slots=True)
