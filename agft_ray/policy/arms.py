@@ -18,6 +18,13 @@ def at_or_below(arms: Sequence[int], sm_clock_mhz: float) -> int:
     return max((arm for arm in arms if arm <= sm_clock_mhz), default=min(arms))
 
 
+def midpoint(arms: Sequence[int]) -> float:
+    """Halfway between the lowest and the highest clock: what GEOPM takes for the efficient clock
+    of a GPU that nobody has characterised (github.com/geopm/geopm, src/GPUActivityAgent.cpp).
+    """
+    return (min(arms) + max(arms)) / 2
+
+
 def grid(arms: Sequence[int], step_mhz: int) -> list[int]:
     """Every `step_mhz` from the highest clock down, snapped to the list, and the lowest clock.
 

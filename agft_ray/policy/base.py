@@ -36,7 +36,7 @@ class Policy(Protocol):
 
     def experience(self) -> Experience | None:
         """All that was learned from this replica's own windows; None if the policy learns
-        nothing. Cumulative, so that handing it over twice is harmless.
+        nothing that others could use. Cumulative, so that handing it over twice is harmless.
         """
         ...
 

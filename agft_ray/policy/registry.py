@@ -1,4 +1,4 @@
-"""From settings to a policy."""
+"""From settings to a policy or a step governor."""
 
 from __future__ import annotations
 
@@ -6,13 +6,34 @@ from typing import Annotated
 
 from pydantic import Field
 
+from agft_ray.policy.activity import ActivityConfig, ActivityPolicy
 from agft_ray.policy.agft import AgftConfig, AgftPolicy
+from agft_ray.policy.agft_reference import AgftReferenceConfig, AgftReferencePolicy
 from agft_ray.policy.base import Policy
 from agft_ray.policy.default import DefaultConfig, DefaultPolicy
 from agft_ray.policy.fixed import FixedConfig, FixedPolicy
+from agft_ray.policy.pair import PairConfig, PairGovernor
+from agft_ray.policy.pid import PidConfig, PidPolicy
+from agft_ray.policy.predictive import PredictiveConfig, PredictivePolicy
+from agft_ray.policy.rules import RulesConfig, RulesPolicy
+from agft_ray.policy.step import StepGovernor
+from agft_ray.policy.volta import VoltaConfig, VoltaGovernor
 
-PolicyConfig = Annotated[DefaultConfig | FixedConfig | AgftConfig, Field(discriminator="name")]
+PolicyConfig = Annotated[
+    DefaultConfig
+    | FixedConfig
+    | AgftConfig
+    | AgftReferenceConfig
+    | RulesConfig
+    | ActivityConfig
+    | PidConfig
+    | PredictiveConfig,
+    Field(discriminator="name"),
+]
 """Settings of any policy; the field `name` says which."""
+
+GovernorConfig = Annotated[PairConfig | VoltaConfig, Field(discriminator="name")]
+"""Settings of any step governor; the field `name` says which."""
 
 
 def build_policy(config: PolicyConfig) -> Policy:
@@ -24,3 +45,22 @@ def build_policy(config: PolicyConfig) -> Policy:
             return FixedPolicy(config)
         case AgftConfig():
             return AgftPolicy(config)
+        case AgftReferenceConfig():
+            return AgftReferencePolicy(config)
+        case RulesConfig():
+            return RulesPolicy(config)
+        case ActivityConfig():
+            return ActivityPolicy(config)
+        case PidConfig():
+            return PidPolicy(config)
+        case PredictiveConfig():
+            return PredictivePolicy(config)
+
+
+def build_governor(config: GovernorConfig) -> StepGovernor:
+    """A fresh step governor with these settings."""
+    match config:
+        case PairConfig():
+            return PairGovernor(config)
+        case VoltaConfig():
+            return VoltaGovernor(config)

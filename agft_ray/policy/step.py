@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -37,3 +38,10 @@ class StepGovernor(Protocol):
     def status(self) -> dict[str, Any]:
         """For people: phase, choices and the like, as JSON-able values."""
         ...
+
+
+def check_observation(duration_s: float, sm_clock_mhz: int) -> None:
+    """Raise `ValueError` unless both are finite and above 0."""
+    for name, value in (("duration_s", duration_s), ("sm_clock_mhz", sm_clock_mhz)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {value}, it must be finite and above 0; skip this step")

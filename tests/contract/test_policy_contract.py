@@ -2,15 +2,21 @@
 
 import json
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from agft_ray.errors import PriorError
+from agft_ray.policy.activity import ActivityConfig
 from agft_ray.policy.agft import AgftConfig
+from agft_ray.policy.agft_reference import AgftReferenceConfig
 from agft_ray.policy.default import DefaultConfig
 from agft_ray.policy.fixed import FixedConfig
-from agft_ray.policy.registry import build_policy
+from agft_ray.policy.pid import PidConfig
+from agft_ray.policy.predictive import PredictiveConfig
+from agft_ray.policy.registry import PolicyConfig, build_policy
+from agft_ray.policy.rules import RulesConfig
 from agft_ray.types import (
     Context,
     EventReason,
@@ -23,12 +29,19 @@ from agft_ray.types import (
 )
 
 ARMS = tuple(range(210, 2101, 15))
-CONFIGS = [
-    DefaultConfig(),
-    FixedConfig(sm_clock_mhz=1237),
-    AgftConfig(seed=7),
-    AgftConfig(baseline_windows=1, refine_after=1, convergence_window=10, forgetting=1.0),
-]
+CONFIGS = {
+    "default": DefaultConfig(),
+    "fixed": FixedConfig(sm_clock_mhz=1237),
+    "agft": AgftConfig(seed=7),
+    "agft-hasty": AgftConfig(
+        baseline_windows=1, refine_after=1, convergence_window=10, forgetting=1.0
+    ),
+    "agft_reference": AgftReferenceConfig(),
+    "rules": RulesConfig(),
+    "activity": ActivityConfig(),
+    "pid": PidConfig(tpot_slo_s=0.05, ttft_slo_s=0.5, kd=0.1),
+    "predictive": PredictiveConfig(tpot_slo_s=0.05),
+}
 KEY = PriorKey("A6000", "m", 1, "mixed", "bf16", "edp", 0.8, 1, 1, "agft")
 WINDOW = Window(
     start_s=0.0,
@@ -61,9 +74,9 @@ WINDOW = Window(
 )
 
 
-@pytest.fixture(params=CONFIGS, ids=["default", "fixed", "agft", "agft-hasty"])
+@pytest.fixture(params=CONFIGS)
 def config(request):
-    return request.param
+    return CONFIGS[request.param]
 
 
 def context(rng):
@@ -72,7 +85,23 @@ def context(rng):
 
 def outcome(requested, rng, observed="same"):
     arm = requested if observed == "same" else observed
-    return Outcome(requested, arm, context(rng), float(rng.normal(0, 0.5)), WINDOW)
+    return Outcome(requested, arm, context(rng), float(rng.normal(0, 0.5)), window(rng))
+
+
+def window(rng):
+    """A window like `WINDOW`, with another load, latency and energy."""
+    steps = [StepTotals(5, 20, float(rng.uniform(0.1, 0.4))) for _ in range(2)]
+    return replace(
+        WINDOW,
+        energy_j=float(rng.uniform(60, 240)),
+        running=float(rng.uniform(0, 40)),
+        waiting=float(rng.exponential(0.3)),
+        kv_cache_usage=float(rng.random()),
+        prompt_tokens=int(rng.integers(0, 2000)),
+        itl_sum_s=float(rng.uniform(0.2, 0.8)),
+        decode_steps=steps[0],
+        prefill_steps=steps[1],
+    )
 
 
 def trained(config, n, seed=0):
@@ -95,6 +124,11 @@ def play(policy, n, rng):
 
 def state(policy):
     return json.dumps(policy.snapshot(), allow_nan=False)
+
+
+def test_every_policy_is_held_to_this():
+    registered = {each.model_fields["name"].default for each in get_args(get_args(PolicyConfig)[0])}
+    assert registered == {config.name for config in CONFIGS.values()}
 
 
 def test_select_is_pure_and_chooses_default_clocks_or_a_supported_one(config):
@@ -171,7 +205,6 @@ def test_a_malformed_prior_is_refused_whole(config):
     assert state(policy) == before
 
 
-@pytest.mark.parametrize("config", CONFIGS[:3], ids=lambda config: config.name)
 def test_memory_is_bounded(config):
     policy, rng = build_policy(config), np.random.default_rng(3)
     rows = len(ARMS) + 1
@@ -196,7 +229,7 @@ def test_empty_windows_teach_nothing(config):
     policy, rng = trained(config, 40), np.random.default_rng(2)
     before, good = state(policy), outcome(1200, rng)
     for nothing in ({"generation_tokens": 0}, {"itl_count": 0}):
-        policy.update(replace(good, window=replace(WINDOW, **nothing)))
+        policy.update(replace(good, window=replace(good.window, **nothing)))
     assert state(policy) == before
 
 
