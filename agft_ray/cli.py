@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agft_ray import __version__
-from agft_ray.actors import status_command
+from agft_ray.actors import simulate_on_ray, status_command
 from agft_ray.errors import AgftError
-from agft_ray.evaluation import workload_options
+from agft_ray.evaluation import simulate_command, workload_options
 from agft_ray.gpu import commands as gpu_commands
 from agft_ray.types import Request
 
@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     vllm.set_defaults(command=_bench_vllm)
 
     gpu_commands.add_commands(commands)
+    simulate_command.add_command(commands, ray_pool=simulate_on_ray.ray_pool)
     status_command.add_command(commands)
     return parser
 
@@ -162,9 +163,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         timeout_s=arguments.timeout,
     )
     if arguments.json is not None:
-        trace = workload_options.workload_name(
-            arguments.trace, arguments.workload, arguments.rate
-        )
+        trace = workload_options.workload_name(arguments.trace, arguments.workload, arguments.rate)
         origin = {"trace": trace, "seed": arguments.seed, "keep": arguments.keep}
         write_runs(arguments.json, records_of_replay(result, comparison, **origin))
     return _exit_status(result)

@@ -40,7 +40,7 @@ METRICS = (
     Metric("energy_per_output_token_j", "energy per output token", "J"),
     *_latencies(),
     Metric("slo_attainment", "SLO attainment", "%", 100.0, relative=False),
-    Metric("edp_j_s", "EDP of the run", "kJ·s", 1e-3),
+    Metric("edp_j_s", "EDP of the run", "MJ·s", 1e-6),
     Metric("sm_clock_mhz", "mean SM clock", "MHz"),
     Metric("clock_changes", "clock changes", "", relative=False),
     Metric("windows_to_converge", "windows to convergence", "", relative=False),

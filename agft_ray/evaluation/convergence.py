@@ -58,7 +58,7 @@ def windows_to_converge(run: FleetWindows, default: FleetWindows) -> int | None:
     """The first window from which the block EDP stays within `TOLERANCE` of its final value.
 
     Both are relative to default clocks under the same load; the final value is that of the run's
-    last quarter as one block. None if the last block is still outside, or if the last quarter is
+    last quarter as one block. None if it is not within throughout the last quarter, or if that is
     shorter than a block.
     """
     length = min(len(run), len(default))
@@ -71,7 +71,7 @@ def windows_to_converge(run: FleetWindows, default: FleetWindows) -> int | None:
     if not np.isfinite(final):
         return None
     first = int(outside[-1]) + 1 if outside.size else 0
-    return first if first < len(ratios) else None
+    return first if first <= length - quarter else None
 
 
 def worst_tpot_ratio(

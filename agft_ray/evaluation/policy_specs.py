@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import yaml
 
 from agft_ray.config import StrictModel, parse
 from agft_ray.errors import ConfigError
-from agft_ray.policy.registry import PolicyConfig
+from agft_ray.policy.fixed import FixedConfig
+from agft_ray.policy.pair import PairConfig
+from agft_ray.policy.registry import GovernorConfig, PolicyConfig
+from agft_ray.settings import SloConfig
 
+GOVERNOR_CONFIGS = get_args(get_args(GovernorConfig)[0])
+"""Settings classes of what chooses before every step."""
 DEFAULT = "default"
 FRONTIER, BEST_STATIC = "frontier", "best_static"
 ORACLE_PAIR, LOWER_BOUND = "oracle_pair", "lower_bound"
@@ -31,21 +35,28 @@ class PolicySpec:
     label: str
     settings: StrictModel | None
 
-    @property
-    def is_step_governor(self) -> bool:
-        """It chooses before every step, not once a window."""
-        return type(self.settings) in step_governors().values()
+
+def is_governor(settings: StrictModel) -> TypeGuard[GovernorConfig]:
+    """Whether these are a step governor's, which chooses before every step."""
+    return isinstance(settings, GOVERNOR_CONFIGS)
 
 
 def fixed(sm_clock_mhz: int) -> PolicySpec:
     """One clock always."""
-    return parse_policy(f"fixed:{sm_clock_mhz}")
+    return PolicySpec(f"fixed:{sm_clock_mhz}", FixedConfig(sm_clock_mhz=sm_clock_mhz))
 
 
-def parse_policy(text: str) -> PolicySpec:
+def pair(prefill_mhz: int, decode_mhz: int) -> PolicySpec:
+    """A constant pair of clocks."""
+    settings = PairConfig(prefill_sm_clock_mhz=prefill_mhz, decode_sm_clock_mhz=decode_mhz)
+    return PolicySpec(f"pair:{prefill_mhz}/{decode_mhz}", settings)
+
+
+def parse_policy(text: str, slo: SloConfig | None = None) -> PolicySpec:
     """A policy's name, after a colon its settings, comma-separated as `key=value`.
 
-    `fixed:1230` and `pair:1500/1230` are short for their clocks. Raises `ConfigError` listing what
+    `fixed:1230` and `pair:1500/1230` are short for their clocks. A policy with latency bounds
+    among its settings takes those of `slo` that are not given. Raises `ConfigError` listing what
     there is for an unknown name, and naming each setting that is wrong.
     """
     name, colon, rest = text.partition(":")
@@ -53,27 +64,36 @@ def parse_policy(text: str) -> PolicySpec:
         if colon:
             raise ConfigError(f"--policy {text}", [f"{name}: takes no settings, leave them out"])
         return PolicySpec(text, None)
-    known = window_policies() | step_governors()
+    known = policies()
     if name not in known:
         raise ConfigError(f"--policy {text}", [_unknown(name, [*known, *SEARCHES])])
-    values = _settings(name, rest, text) if colon else {}
     model = known[name]
-    return PolicySpec(text, parse(model, {"name": name} | values, source=f"--policy {text}"))
+    given = _settings(name, rest, text) if colon else {}
+    values = {"name": name} | _bounds(model, slo) | given
+    try:
+        return PolicySpec(text, parse(model, values, source=f"--policy {text}"))
+    except ConfigError as error:
+        raise ConfigError(error.source, [_with_way_out(p) for p in error.problems]) from None
 
 
-def window_policies() -> dict[str, type[StrictModel]]:
-    """Settings classes of the policies that choose once a window, by name."""
-    return _named(PolicyConfig)
+def policies() -> dict[str, type[StrictModel]]:
+    """Settings classes of all policies and step governors, by name."""
+    configs = (*get_args(get_args(PolicyConfig)[0]), *GOVERNOR_CONFIGS)
+    return {model.model_fields["name"].default: model for model in configs}
 
 
-def step_governors() -> dict[str, type[StrictModel]]:
-    """Settings classes of the governors that choose before every step, by name."""
-    return {}
+def _bounds(model: type[StrictModel], slo: SloConfig | None) -> dict[str, float]:
+    """The settings `ttft_slo_s` and `tpot_slo_s`, where the policy has them, by the SLO."""
+    bounds = {} if slo is None else {"ttft_slo_s": slo.ttft_s, "tpot_slo_s": slo.tpot_s}
+    return {k: v for k, v in bounds.items() if v is not None and k in model.model_fields}
 
 
-def _named(union: Any) -> dict[str, type[StrictModel]]:
-    members = get_args(get_args(union)[0])
-    return {model.model_fields["name"].default: model for model in members}
+def _with_way_out(problem: str) -> str:
+    """A bound that is missing can be given with the SLO."""
+    for name in ("tpot", "ttft"):
+        if problem.startswith(f"{name}_slo_s: required"):
+            return f"{problem}; give --slo-{name} S"
+    return problem
 
 
 def _unknown(name: str, known: list[str]) -> str:
@@ -85,10 +105,14 @@ def _unknown(name: str, known: list[str]) -> str:
 def _settings(name: str, text: str, source: str) -> dict[str, Any]:
     if name == "fixed" and text.isdecimal():
         return {"sm_clock_mhz": int(text)}
+    if name == "pair" and "=" not in text:
+        prefill, _, decode = text.partition("/")
+        if prefill.isdecimal() and decode.isdecimal():
+            return {"prefill_sm_clock_mhz": int(prefill), "decode_sm_clock_mhz": int(decode)}
     return parse_settings(text, source=f"--policy {source}")
 
 
-def parse_settings(text: str, *, source: str) -> Mapping[str, Any]:
+def parse_settings(text: str, *, source: str) -> dict[str, Any]:
     """`key=value,key=value`, each value as YAML reads it; else raises `ConfigError`."""
     settings: dict[str, Any] = {}
     for part in text.split(","):

@@ -1,4 +1,4 @@
-"""Independent jobs over the cores of this machine, with progress; the same results on any number."""
+"""Independent jobs over this machine's cores, with progress: same results on any number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OnProgress = Callable[[int, float], None]
 POLL_S = 0.2
 
 
-class Stopped(Exception):  # noqa: N818: it is no error
+class StoppedError(Exception):
     """Raised inside a job whose results nobody waits for any more."""
 
 
@@ -86,7 +86,7 @@ def _hang_up(board: Any) -> None:
 def _work(work: Callable[[T, Report], R], job: T, number: int) -> R:
     def report(done: float) -> None:
         if _board[-1]:
-            raise Stopped
+            raise StoppedError
         _board[number] = done
 
     return work(job, report)

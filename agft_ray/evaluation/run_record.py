@@ -70,6 +70,8 @@ class RunRecord:
     router: str | None = None
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
+    profile_change: str | None = None
+    """Of a sweep of uncertain numbers: what was changed in the GPU's profile, as 'path=value'."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with distributions as {mean, p50, p95, p99}."""

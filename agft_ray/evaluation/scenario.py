@@ -67,6 +67,11 @@ class Scenario(StrictModel):
         return workload_name(self.trace, self.workload, self.rate_per_s)
 
     @property
+    def profile_change(self) -> str | None:
+        """The replaced numbers as 'path=value', None if there are none."""
+        return ", ".join(f"{k}={v:g}" for k, v in self.profile_values.items()) or None
+
+    @property
     def request_slo(self) -> Slo | None:
         """The bounds on each request, None if there are none."""
         bounds_s = (self.slo.ttft_s, self.slo.tpot_s)
@@ -90,7 +95,9 @@ class Scenario(StrictModel):
         }
         return parse(TunerConfig, values, source="tuner")
 
-    def requests(self, seed: int, on_skip: Callable[[str], None] | None = None) -> Iterator[Request]:
+    def requests(
+        self, seed: int, on_skip: Callable[[str], None] | None = None
+    ) -> Iterator[Request]:
         """The requests of one run, streamed in order of arrival.
 
         Raises `AgftError` for a trace that cannot be read (a broken line while iterating) or
@@ -118,14 +125,17 @@ def with_value(profile: GpuProfile, path: str, value: float) -> GpuProfile:
     Raises `ConfigError` if the path names no number, or the profile is then invalid.
     """
     values = profile.model_dump()
-    *parents, last = _keys(values, path)
+    source = f"GPU profile {profile.name}"
+    *parents, last = _keys(values, path) or [""]
+    if not last:
+        raise ConfigError(source, [f"{path}: names no number of this profile"])
     place: Any = values
     for key in parents:
         place = place[key]
     if path.endswith("sm_clock_mhz"):
         value = profile.supported_at_or_below(round(value))
     place[last] = round(value) if isinstance(place[last], int) else float(value)
-    return parse(GpuProfile, values, source=f"GPU profile {profile.name} with {path}={value:g}")
+    return parse(GpuProfile, values, source=f"{source} with {path}={value:g}")
 
 
 def _keys(values: Any, path: str) -> list[str]:

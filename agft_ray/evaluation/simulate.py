@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from agft_ray.config import StrictModel
 from agft_ray.evaluation.convergence import FleetWindows, windows_to_converge, worst_tpot_ratio
-from agft_ray.evaluation.policy_specs import DEFAULT, PolicySpec
+from agft_ray.evaluation.policy_specs import DEFAULT, PolicySpec, is_governor
 from agft_ray.evaluation.pool import Report
 from agft_ray.evaluation.run_record import RunRecord
 from agft_ray.evaluation.run_rows import RunRows, run_rows
 from agft_ray.evaluation.scenario import Scenario
 from agft_ray.evaluation.virtual_time import FleetSetup, FleetTotals, run_fleet
 from agft_ray.policy.default import DefaultConfig
+from agft_ray.policy.registry import GovernorConfig, build_governor
 from agft_ray.policy.step import StepGovernor
 from agft_ray.types import RequestTimings
 
@@ -29,7 +27,7 @@ class Run:
     windows: FleetWindows
 
 
-class Abandoned(Exception):  # noqa: N818: it is no error
+class AbandonedError(Exception):
     """Raised by a watch when a run need not go on: it cannot be the answer any more."""
 
 
@@ -37,10 +35,10 @@ class Watch:
     """Looks at a run while it goes on; the base lets everything pass."""
 
     def on_request(self, timings: RequestTimings) -> None:
-        """A request is answered; may raise `Abandoned`."""
+        """A request is answered; may raise `AbandonedError`."""
 
     def on_time(self, t_s: float) -> None:
-        """Simulated time has come to `t_s`; may raise `Abandoned`."""
+        """Simulated time has come to `t_s`; may raise `AbandonedError`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +81,21 @@ def perform(job: Job, report: Report) -> Run | None:
                 on_window=rows.on_window,
                 on_progress=on_progress,
             )
-        except Abandoned:
+        except AbandonedError:
             return None
         return _run(job, rows, totals)
 
 
 def fleet_setup(scenario: Scenario, spec: PolicySpec, seed: int) -> FleetSetup:
     """The fleet of one run."""
-    assert spec.settings is not None
-    governor = step_governor(spec.settings) if spec.is_step_governor else None
-    policy = DefaultConfig() if governor else spec.settings
+    settings = spec.settings
+    assert settings is not None
+    governor = _governors(settings) if is_governor(settings) else None
     return FleetSetup(
         gpu=scenario.profile(),
         model=scenario.model,
         engine=scenario.engine,
-        tuner=scenario.tuner(policy),
+        tuner=scenario.tuner(DefaultConfig() if governor else settings),
         governor=governor,
         replicas=scenario.replicas,
         router=scenario.router,
@@ -107,30 +105,25 @@ def fleet_setup(scenario: Scenario, spec: PolicySpec, seed: int) -> FleetSetup:
     )
 
 
-def step_governor(settings: StrictModel) -> Callable[[int], StepGovernor]:
-    """Makes one for each replica."""
-    return partial(_build_governor, settings)
-
-
-def _build_governor(settings: StrictModel, replica: int) -> StepGovernor:
-    raise NotImplementedError
+def _governors(settings: GovernorConfig) -> Callable[[int], StepGovernor]:
+    """One for each replica; they learn separately."""
+    return lambda replica: build_governor(settings)
 
 
 def _run(job: Job, rows: RunRows, totals: FleetTotals) -> Run:
     windows = rows.windows()
-    learning: dict[str, Any] = {"windows_to_converge": None}
-    default = windows if job.spec.label == DEFAULT else job.default and job.default.windows
-    if default is not None:
+    record = _record(job, rows, totals)
+    default = windows if job.default is None else job.default.windows
+    if job.spec.label == DEFAULT or job.default is not None:
         converged = windows_to_converge(windows, default)
         worst = worst_tpot_ratio(windows, default, converged)
-        learning = {"windows_to_converge": converged, "worst_exploration_tpot_ratio": worst}
-    return Run(_record(job, rows, totals, learning), windows)
+        record = replace(record, windows_to_converge=converged, worst_exploration_tpot_ratio=worst)
+    return Run(record, windows)
 
 
-def _record(job: Job, rows: RunRows, totals: FleetTotals, learning: dict[str, Any]) -> RunRecord:
+def _record(job: Job, rows: RunRows, totals: FleetTotals) -> RunRecord:
     scenario, energy_j = job.scenario, totals.energy_j
-    latencies = rows.distributions()
-    mean_e2e_s = latencies["e2e_s"].mean
+    ttft_s, tpot_s, e2e_s = rows.distributions()
     judged = rows.requests + totals.rejected
     return RunRecord(
         policy=job.spec.label,
@@ -145,9 +138,13 @@ def _record(job: Job, rows: RunRows, totals: FleetTotals, learning: dict[str, An
         mean_power_w=_ratio(energy_j, totals.duration_s * scenario.replicas),
         output_tokens=totals.output_tokens,
         energy_per_output_token_j=_ratio(energy_j, totals.output_tokens),
-        edp_j_s=None if mean_e2e_s is None else energy_j * mean_e2e_s,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        e2e_s=e2e_s,
+        edp_j_s=None if e2e_s.mean is None else energy_j * e2e_s.mean,
         slo_attainment=_ratio(rows.kept_slo, judged) if scenario.request_slo else None,
         clock_changes=totals.clock_changes,
+        windows_to_converge=None,
         failed=totals.rejected,
         prompt_tokens=totals.prompt_tokens,
         sm_clock_mhz=rows.sm_clock_mhz,
@@ -155,8 +152,7 @@ def _record(job: Job, rows: RunRows, totals: FleetTotals, learning: dict[str, An
         router=scenario.router,
         slo_ttft_s=scenario.slo.ttft_s,
         slo_tpot_s=scenario.slo.tpot_s,
-        **latencies,
-        **learning,
+        profile_change=scenario.profile_change,
     )
 
 

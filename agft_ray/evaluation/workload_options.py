@@ -17,7 +17,7 @@ DEFAULT_WORKLOAD = "conversation"
 DEFAULT_RATE_PER_S = 1.5
 
 
-def add_workload_options(parser: argparse.ArgumentParser) -> None:
+def add_workload_options(parser: argparse.ArgumentParser, *, several_seeds: bool = False) -> None:
     """Add --trace or --workload, and what goes with them."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -48,7 +48,10 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a setting of the generated workload, such as cv=4; repeatable",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    if several_seeds:
+        parser.add_argument("--seed", default="0", help="0..9 or 0,3,5; default: 0")
+    else:
+        parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--skip-broken", action="store_true", help="pass over broken trace lines, naming them"
     )

@@ -3,7 +3,15 @@
 import pytest
 
 from agft_ray.errors import ConfigError
-from agft_ray.evaluation.policy_specs import SEARCHES, fixed, parse_policy, parse_seeds
+from agft_ray.evaluation.policy_specs import (
+    SEARCHES,
+    fixed,
+    pair,
+    parse_policy,
+    parse_seeds,
+    policies,
+)
+from agft_ray.settings import SloConfig
 
 
 def test_names_and_settings():
@@ -13,6 +21,18 @@ def test_names_and_settings():
     agft = parse_policy("agft:alpha=2,seed=3").settings
     assert (agft.alpha, agft.seed) == (2, 3)
     assert parse_policy("fixed:sm_clock_mhz=900").settings.sm_clock_mhz == 900
+    pair_settings = parse_policy("pair:1500/1230").settings
+    assert pair_settings == pair(1500, 1230).settings
+    assert (pair_settings.prefill_sm_clock_mhz, pair_settings.decode_sm_clock_mhz) == (1500, 1230)
+
+
+def test_every_policy_can_be_named():
+    slo = SloConfig(ttft_s=2.0, tpot_s=0.05)
+    short = {"fixed": "fixed:1230", "pair": "pair:1500/1230"}
+    for name, model in policies().items():
+        assert type(parse_policy(short.get(name, name), slo).settings) is model
+    assert parse_policy("pid", slo).settings.tpot_slo_s == 0.05
+    assert parse_policy("pid:tpot_slo_s=0.1", slo).settings.tpot_slo_s == 0.1
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -33,6 +53,8 @@ def test_searches_have_no_settings(name):
         ("agft:", "must be KEY=VALUE"),
         ("fixed:fast", "must be KEY=VALUE"),
         ("fixed", "needs sm_clock_mhz"),
+        ("pid", "tpot_slo_s: required, and missing; give --slo-tpot S"),
+        ("pair:1500", "must be KEY=VALUE"),
     ],
 )
 def test_what_is_wrong_is_named(text, words):
