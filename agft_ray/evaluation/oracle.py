@@ -150,8 +150,8 @@ def pair_jobs(template: Job, default: Run, step_mhz: int) -> list[Job]:
     """Every pair of clocks on the grid, each abandoned when it breaks a bound.
 
     Clocks that the power cap makes alike are taken once: for steps with prefill, and for decode
-    steps of a single sequence, which draw the least. (They differ in the 25 ms until a change of
-    clock acts: by less than 0.1 % in EDP.)
+    steps of a single sequence, which draw the least. They differ only in the 25 ms until a change
+    of clock acts, when the lowest draws the least: that one is kept.
     """
     scenario = template.scenario
     profile = scenario.profile()

@@ -169,14 +169,14 @@ def test_clocks_that_the_power_cap_makes_equal_are_one():
     assert distinct(clocks, A6000, "llama-3.1-8b", StepWork(0, 1, 1))[:4] == clocks[:4]
 
 
-def test_merged_clocks_are_the_same_machine():
-    """But for the delay of a change, in which a first decode step still has the clock of prefill."""
-    high, merged, lower = (
+def test_the_clock_that_is_kept_of_equal_ones_is_the_best_of_them():
+    """Equal but for the delay of a change: a first decode step still has the clock of prefill."""
+    high, kept, lower = (
         perform(Job(SHORT, pair(clock, 1200), 0), silent).record for clock in (2100, 1590, 1500)
     )
-    assert high.edp_j_s == pytest.approx(merged.edp_j_s, rel=1e-3)
-    assert high.edp_j_s != pytest.approx(lower.edp_j_s, rel=1e-3)
-    assert high.ttft_s.mean == pytest.approx(merged.ttft_s.mean, rel=1e-3)
+    assert kept.ttft_s.mean == pytest.approx(high.ttft_s.mean, rel=1e-3)
+    assert kept.ttft_s.mean != pytest.approx(lower.ttft_s.mean, rel=1e-2)
+    assert 0.97 * high.edp_j_s < kept.edp_j_s < high.edp_j_s
 
 
 def test_the_oracle_is_that_of_an_exhaustive_search_without_shortcuts():
