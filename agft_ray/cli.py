@@ -102,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     decision.add_argument("--steps", type=int, default=5000)
     decision.add_argument("--seed", type=int, default=0)
     decision.set_defaults(command=_bench_decision)
+    simulator = kinds.add_parser("simulator", help="simulated seconds per wall second (no Ray)")
+    simulator.add_argument("--rate", type=float, default=1.0, help="requests per simulated second")
+    simulator.add_argument("--duration", type=float, default=3600.0, metavar="S", help="simulated")
+    simulator.add_argument("--seed", type=int, default=0)
+    simulator.set_defaults(command=_bench_simulator)
     overhead = kinds.add_parser("overhead", help="serving with tuner against mode: off (Ray)")
     overhead.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
     overhead.add_argument("--block-s", type=float, default=5.0, metavar="S")
@@ -246,6 +251,19 @@ def _bench_decision(arguments: argparse.Namespace) -> int:
     print(f"{versions()}, seed {arguments.seed}, {arguments.steps} steps")
     for timing in bench_decision(arms=arguments.arms, steps=arguments.steps, seed=arguments.seed):
         print(timing)
+    return 0
+
+
+def _bench_simulator(arguments: argparse.Namespace) -> int:
+    from agft_ray.evaluation.bench_simulator import bench_simulator, conditions
+
+    rate_per_s, duration_s, seed = arguments.rate, arguments.duration, arguments.seed
+    print(conditions(rate_per_s=rate_per_s, duration_s=duration_s, seed=seed))
+    try:
+        for speed in bench_simulator(rate_per_s=rate_per_s, duration_s=duration_s, seed=seed):
+            print(speed, flush=True)
+    except ValueError as error:
+        raise AgftError(str(error)) from None
     return 0
 
 

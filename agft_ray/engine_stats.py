@@ -47,15 +47,15 @@ class EngineStats:
         self._count(counter, prefill_tokens + decode_tokens, time_s)
 
     def on_decode_steps(
-        self, *, steps: int, sequences: int, time_s: float, tokens: int, itl_sum_s: float
+        self, *, steps: int, sequences: int, time_s: float, itl_sum_s: float
     ) -> None:
-        """Iterations in a row that computed one token for each of the same sequences, together;
-        `tokens` of them were emitted (a sequence that is gone emits none)."""
-        counter = self._decode
+        """Iterations in a row, together, each with one token (not the first) for every one of the
+        same sequences."""
+        counter, tokens = self._decode, steps * sequences
         self.iterations += steps
-        self.iteration_tokens += steps * sequences
+        self.iteration_tokens += tokens
         counter.steps += steps
-        counter.tokens += steps * sequences
+        counter.tokens += tokens
         counter.time_s += time_s
         self.generation_tokens += tokens
         self.itl_count += tokens

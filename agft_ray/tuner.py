@@ -4,6 +4,7 @@ whenever it cannot know. Plain Python; GPU, metrics, policy and clock are inject
 
 from __future__ import annotations
 
+import bisect
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -135,6 +136,8 @@ class Tuner:
     def arms(self) -> tuple[int, ...]:
         """What the policy may choose: supported, within the bounds, and kept by the GPU."""
         dropped = self.control.dropped
+        if not dropped:
+            return self._arms
         return tuple(arm for arm in self._arms if arm not in dropped) or self._arms
 
     @property
@@ -263,7 +266,10 @@ class Tuner:
         """The SM clock that was really there; a power limit is what it was set to."""
         if window.arm is None or self.gpu.actuator is not Actuator.SM_CLOCK:
             return window.arm
-        return min(self.gpu.arms, key=lambda clock: abs(clock - window.sm_clock_mhz))
+        arms = self.gpu.arms
+        above = bisect.bisect_left(arms, window.sm_clock_mhz)
+        neighbours = arms[max(above - 1, 0) : above + 1]
+        return min(neighbours, key=lambda clock: abs(clock - window.sm_clock_mhz))
 
     def _decide(self, window: Window | None, note: str) -> Decision:
         """The next arm. Default clocks wherever the loop cannot know or must not interfere."""

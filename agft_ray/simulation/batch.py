@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from agft_ray.simulation.physics import StepWork
-from agft_ray.types import Request, RequestTimings
+from agft_ray.types import PREFIX_BLOCK_TOKENS, Request, RequestTimings
 
 
 class StepDevice(Protocol):
@@ -46,10 +46,14 @@ class Sequence:
     """A request inside the engine."""
 
     request: Request
-    cached: int
-    """Leading tokens of the prompt that the prefix cache holds."""
     length: int
     """Tokens known: the prompt and what was generated."""
+    prefix: tuple[int, ...] = ()
+    """Ids of the prompt's whole prefix blocks."""
+    prefix_held: int = 0
+    """How many of these it has found or computed and holds."""
+    cached: int = 0
+    """Leading tokens of the prompt that the prefix cache held when it was admitted."""
     computed: int = 0
     """Tokens whose KV is held."""
     blocks: int = 0
@@ -58,6 +62,12 @@ class Sequence:
     running: bool = False
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+
+    @classmethod
+    def of(cls, request: Request) -> Sequence:
+        """A request that has just come."""
+        whole = request.prompt_tokens // PREFIX_BLOCK_TOKENS
+        return cls(request, request.prompt_tokens, request.prefix_blocks[:whole])
 
     @property
     def remaining(self) -> int:
@@ -83,10 +93,13 @@ class DecodeSeries:
     steps: int
     """How many there can be, at least 1: until a sequence finishes or KV blocks run out."""
 
-    def work_after(self, steps: int) -> StepWork:
-        """What the step after so many computes."""
-        sequences = self.work.decode_sequences
-        return StepWork(0, sequences, self.work.context_tokens + steps * sequences)
+    def after(self, steps: int) -> DecodeSeries:
+        """What is left of it after so many steps, which may be none."""
+        work = self.work
+        if not steps:
+            return self
+        context_tokens = work.context_tokens + steps * work.decode_sequences
+        return DecodeSeries(StepWork(0, work.decode_sequences, context_tokens), self.steps - steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from agft_ray.simulation.physics import (
-    StepWork,
-    busy_power_w,
-    effective_sm_clock_mhz,
-    step_time_s,
-)
+from agft_ray.simulation.physics import StepWork, busy_power_w, clock_under_cap, step_time_s
 from agft_ray.simulation.profiles import GpuProfile, ModelProfile
 
 _FAR_TOKENS = 2**20
@@ -138,19 +133,20 @@ class DecodeCurves:
         Power at a clock is monotone in the context, so what holds for the first and the last step
         holds for all between.
         """
-        sequences, first = work.decode_sequences, work.context_tokens
-        curve, cap_w = self._curve(sequences, target), self._gpu.power.cap_w
-        while True:
-            last = first + (steps - 1) * sequences
-            if max(curve.power_w(first), curve.power_w(last)) <= cap_w:
-                return target, steps
-            clock = self._under_cap(work, target)
-            if self._under_cap(StepWork(0, sequences, last), target) == clock:
-                return clock, steps
-            steps = max(steps // 2, 1)
+        first = work.context_tokens
+        clock = self._under_cap(work.decode_sequences, first, target)
+        while steps > 1:
+            last = first + (steps - 1) * work.decode_sequences
+            if self._under_cap(work.decode_sequences, last, target) == clock:
+                break
+            steps //= 2
+        return clock, steps
 
-    def _under_cap(self, work: StepWork, target: int) -> int:
-        return effective_sm_clock_mhz(self._gpu, self._model, work, target)
+    def _under_cap(self, sequences: int, context_tokens: int, target: int) -> int:
+        def power_w(sm_clock_mhz: int) -> float:
+            return self._curve(sequences, sm_clock_mhz).power_w(context_tokens)
+
+        return clock_under_cap(self._gpu, power_w, target)
 
     def _curve(self, sequences: int, sm_clock_mhz: int) -> DecodeCurve:
         key = (sequences, sm_clock_mhz)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from agft_ray.simulation.decode_series import DecodeCurves, Series
+from agft_ray.simulation.device_state import DeviceState
 from agft_ray.simulation.noise import standard_normal
 from agft_ray.simulation.physics import (
     StepWork,
@@ -35,31 +35,6 @@ class _Point(NamedTuple):
     """How long the whole step would take here; infinite when idle."""
 
 
-@dataclass(slots=True)
-class _State:
-    seed: int
-    t_s: float = 0.0
-    energy_j: float = 0.0
-    sm_clock_mhz_s: float = 0.0
-    """Integral of the effective SM clock."""
-    counter_t_s: float = 0.0
-    counter_energy_j: float = 0.0
-    locked_sm_clock_mhz: int | None = None
-    """The lock last asked for."""
-    active_lock_mhz: int | None = None
-    """The lock in force, which follows the one asked for after the delay."""
-    pending_clock_changes: list[tuple[float, int | None]] = field(default_factory=list)
-    clock_calls: int = 0
-    idle_since_s: float = 0.0
-    work: StepWork | None = None
-    progress: float = 0.0
-    """Share of the step done at `progress_t_s`, when it began or its clock last changed."""
-    progress_t_s: float = 0.0
-
-
-_STATE_FIELDS = tuple(f.name for f in fields(_State))
-
-
 class Device:
     """One GPU running one LLM engine's steps; integrates its energy exactly, segment by segment.
 
@@ -84,7 +59,7 @@ class Device:
         self._counter_update_s = counter_update_s
         self._stall_grace_s = stall_grace_s
         self._history = history
-        self._state = _State(seed)
+        self._state = DeviceState(seed)
         self._busy: _Point | None = None
         self._end_s: float | None = None
         self._capped: dict[tuple[int, int], tuple[int, float]] = {}
@@ -118,20 +93,11 @@ class Device:
 
     def to_state(self) -> dict[str, Any]:
         """Everything that changes, as JSON-able values."""
-        s = self._state
-        values = {name: getattr(s, name) for name in _STATE_FIELDS}
-        values["pending_clock_changes"] = [list(change) for change in s.pending_clock_changes]
-        values["work"] = None if s.work is None else asdict(s.work)
-        return values
+        return self._state.to_values()
 
     def from_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what `to_state` gave; missing entries are as at the start."""
-        values = {name: state[name] for name in _STATE_FIELDS if name in state}
-        if values.get("work") is not None:
-            values["work"] = StepWork(**values["work"])
-        pending = values.get("pending_clock_changes", [])
-        values["pending_clock_changes"] = [(t_s, clock) for t_s, clock in pending]
-        self._state = _State(**values)
+        self._state = DeviceState.of(state)
         self._busy = self._end_s = None
 
     def lock(self, t_s: float, sm_clock_mhz: int) -> None:

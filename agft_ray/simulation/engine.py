@@ -15,6 +15,7 @@ from agft_ray.simulation.batch import DecodeSeries, Sequence
 from agft_ray.simulation.batch import StepDevice as StepDevice
 from agft_ray.simulation.batch import TokenEvent as TokenEvent
 from agft_ray.simulation.engine_config import EngineConfig as EngineConfig
+from agft_ray.simulation.kv_blocks import KvBlocks
 from agft_ray.simulation.physics import StepWork
 from agft_ray.types import EngineSample, Request, RequestTimings
 
@@ -27,26 +28,26 @@ class BatchingEngine:
     served, prompts being split to fill the budget. KV blocks are taken as tokens are computed. If
     a running sequence finds none, the most recently admitted one is preempted: its blocks are
     freed, it goes to the head of the queue and later recomputes prompt and output so far, save
-    what the prefix cache holds. Blocks that vLLM would share between prompts are counted once for
-    each sequence. `chunk_attention_s(tokens, offset)` is the attention time of a prefill chunk.
-    Raises `ValueError` if `config.kv_blocks` is absent: see `EngineConfig.for_model`.
+    what the prefix cache holds (see `KvBlocks`). `chunk_attention_s(tokens, offset)` is the
+    attention time of a prefill chunk.
     """
 
     def __init__(
         self, config: EngineConfig, chunk_attention_s: Callable[[int, int], float]
     ) -> None:
-        if config.kv_blocks is None:
-            raise ValueError("kv_blocks: must be set, got None; see EngineConfig.for_model")
         self.config = config
+        self.kv = KvBlocks(config)
         self._chunk_attention_s = chunk_attention_s
-        self._kv_blocks = self._free_blocks = config.kv_blocks
         self._sequences: dict[str, Sequence] = {}
         self._future: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._in_flight: Batch | None = None
-        self._decoding: tuple[Sequence, ...] = ()
-        """The sequences of a series' step in flight."""
+        self._series: DecodeSeries | None = None
+        self._done, self._done_s = 0, 0.0
+        """Steps of the series that have ended and are not settled, and when the last one did."""
+        self._decoding = False
+        """A step of the series is in progress."""
         self._stats = EngineStats()
 
     @property
@@ -62,7 +63,8 @@ class BatchingEngine:
     @property
     def kv_cache_usage(self) -> float:
         """Share of KV blocks in use, 0..1."""
-        return 1.0 - self._free_blocks / self._kv_blocks
+        ahead = self.kv.needed(self._running, self._done + self._decoding)
+        return 1.0 - (self.kv.free - ahead) / self.kv.total
 
     def is_idle(self, t_s: float) -> bool:
         """Nothing runs, and nothing has arrived by `t_s` that waits."""
@@ -94,8 +96,7 @@ class BatchingEngine:
             raise ValueError(
                 f"request {request.request_id}: the id is in use; choose another until it finishes"
             )
-        prompt = request.prompt_tokens
-        sequence = Sequence(request, cached=self.config.cached_tokens(prompt), length=prompt)
+        sequence = Sequence.of(request)
         self._sequences[request.request_id] = sequence
         bisect.insort(self._future, sequence, key=_arrival_s)
 
@@ -104,6 +105,7 @@ class BatchingEngine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
+        self._settle()
         for queue in (self._running, self._waiting, self._future):
             if sequence in queue:
                 queue.remove(sequence)
@@ -120,6 +122,7 @@ class BatchingEngine:
         The batch must be given to `complete` before the next call.
         """
         assert self._in_flight is None, "complete the last batch before scheduling the next"
+        self._settle()
         self._receive_arrivals(now_s)
         scheduled: list[tuple[Sequence, int]] = []
         preemptions = self._stats.preemptions
@@ -144,59 +147,11 @@ class BatchingEngine:
         for sequence, tokens in batch.scheduled:
             if sequence.running:  # else aborted meanwhile
                 sequence.computed += tokens
+                if sequence.prefix and not sequence.decoding:
+                    self.kv.hold_prefix(sequence)
                 if sequence.computed == sequence.length:
                     events.append(self._emit(sequence, end_s))
         return events
-
-    def plan_decodes(self, now_s: float) -> DecodeSeries | None:
-        """The series of steps ahead at `now_s` if all running sequences decode and nothing that
-        has arrived could be admitted before one finishes; else None, and `schedule` is to be
-        asked. Nothing needs to come of it.
-        """
-        assert self._in_flight is None, "complete the last batch before planning"
-        self._receive_arrivals(now_s)
-        running = self._running
-        if not running or self._might_admit():
-            return None
-        context_tokens, steps = 0, self.config.max_model_len
-        for sequence in running:
-            if not sequence.decoding:
-                return None
-            context_tokens += sequence.length
-            steps = min(steps, sequence.remaining)
-        while steps and self._blocks_for(steps) > self._free_blocks:
-            steps //= 2
-        if not steps:
-            return None
-        return DecodeSeries(StepWork(0, len(running), context_tokens), steps)
-
-    def begin_decode(self) -> None:
-        """Take the KV blocks for one step of a planned series, which is about to run."""
-        self._decoding = tuple(self._running)
-        self._take_blocks(1)
-
-    def complete_decodes(self, steps: int, start_s: float, end_s: float) -> list[RequestTimings]:
-        """Account for steps of a planned series that ran from `start_s` to `end_s`; returns the
-        requests they finished, which can only be in the last one.
-        """
-        sequences, self._decoding = self._decoding or tuple(self._running), ()
-        live = [sequence for sequence in sequences if sequence.running]  # the rest is aborted
-        self._take_blocks(steps)
-        self._stats.on_decode_steps(
-            steps=steps,
-            sequences=len(sequences),
-            time_s=end_s - start_s,
-            tokens=steps * len(live),
-            itl_sum_s=sum(end_s - sequence.last_token_s for sequence in live),
-        )
-        finished = []
-        for sequence in live:
-            sequence.computed += steps
-            sequence.length += steps
-            sequence.last_token_s = end_s
-            if not sequence.remaining:
-                finished.append(self._finish(sequence))
-        return finished
 
     def sample(self, t_s: float) -> EngineSample:
         """The statistics at `t_s`. Requests that arrived since the last `schedule` are waiting."""
@@ -208,11 +163,59 @@ class BatchingEngine:
             kv_cache_usage=self.kv_cache_usage,
         )
 
-    def _receive_arrivals(self, now_s: float) -> None:
-        if self._future and _arrival_s(self._future[0]) <= now_s:
-            arrived = bisect.bisect_right(self._future, now_s, key=_arrival_s)
-            self._waiting.extend(self._future[:arrived])
-            del self._future[:arrived]
+    # -- series of decode-only steps, instead of `schedule` and `complete` for each -------------
+
+    def plan_decodes(self, now_s: float) -> DecodeSeries | None:
+        """The series of steps ahead at `now_s` if all running sequences decode and nothing that
+        has arrived could be admitted before one finishes; else None, and `schedule` is to be
+        asked. Nothing needs to come of it.
+        """
+        assert self._in_flight is None, "complete the last batch before planning"
+        if self._receive_arrivals(now_s) or self._series is None:
+            self._settle()
+            self._series = self._new_series()
+        return self._series and self._series.after(self._done)
+
+    def begin_decode(self) -> None:
+        """The next step of the planned series runs: its KV blocks count as taken."""
+        self._decoding = True
+
+    def complete_decodes(self, steps: int, start_s: float, end_s: float) -> list[RequestTimings]:
+        """Account for steps of the planned series that ran from `start_s` to `end_s`; returns the
+        requests they finished, which can only be in its last one.
+        """
+        series, sequences = self._series, len(self._running)
+        assert series is not None, "plan the series first"
+        assert self._done + steps <= series.steps, "more than planned"
+        if self._done:
+            last_tokens_s = sequences * self._done_s
+        else:
+            last_tokens_s = sum(sequence.last_token_s for sequence in self._running)
+        self._stats.on_decode_steps(
+            steps=steps,
+            sequences=sequences,
+            time_s=end_s - start_s,
+            itl_sum_s=sequences * end_s - last_tokens_s,
+        )
+        self._done, self._done_s, self._decoding = self._done + steps, end_s, False
+        if self._done < series.steps:
+            return []
+        self._settle()
+        return [self._finish(s) for s in tuple(self._running) if not s.remaining]
+
+    def _new_series(self) -> DecodeSeries | None:
+        running = self._running
+        if not running or self._might_admit():
+            return None
+        context_tokens, steps = 0, self.config.max_model_len
+        for sequence in running:
+            if not sequence.decoding:
+                return None
+            context_tokens += sequence.length
+            steps = min(steps, sequence.remaining)
+        while steps and self.kv.needed(running, steps) > self.kv.free:
+            steps //= 2
+        return DecodeSeries(StepWork(0, len(running), context_tokens), steps) if steps else None
 
     def _might_admit(self) -> bool:
         """Whether the head of the queue could be admitted beside what runs; False only if that
@@ -221,23 +224,30 @@ class BatchingEngine:
         if not self._waiting or running >= config.max_num_seqs:
             return False
         tokens = min(self._waiting[0].length, config.max_num_batched_tokens - running)
-        return tokens > 0 and _ceil_div(tokens, config.block_size) <= self._free_blocks
+        return tokens > 0 and self.kv.fits(tokens)
 
-    def _blocks_for(self, steps: int) -> int:
-        """KV blocks that so many decode steps of all running sequences take, or 0 where it is
-        plain that there are enough."""
-        size, running = self.config.block_size, len(self._running)
-        if running * _ceil_div(steps, size) <= self._free_blocks:
-            return 0
-        return sum(
-            max(_ceil_div(sequence.computed + steps, size) - sequence.blocks, 0)
-            for sequence in self._running
-        )
+    def _settle(self) -> None:
+        """Write what was done of a series to its sequences; as long as it goes on, all of them
+        advance alike and need not be touched."""
+        assert not self._decoding, "a series' step is in progress"
+        if self._done:
+            for sequence in self._running:
+                self.kv.allocate(sequence, sequence.computed + self._done)
+                sequence.computed += self._done
+                sequence.length += self._done
+                sequence.last_token_s = self._done_s
+        self._series, self._done = None, 0
 
-    def _take_blocks(self, steps: int) -> None:
-        for sequence in self._running:
-            allocated = self._allocate(sequence, sequence.computed + steps)
-            assert allocated, "a planned series has its blocks"
+    # -- parts ---------------------------------------------------------------------------------
+
+    def _receive_arrivals(self, now_s: float) -> bool:
+        """Queue what has arrived; whether anything has."""
+        if not self._future or _arrival_s(self._future[0]) > now_s:
+            return False
+        arrived = bisect.bisect_right(self._future, now_s, key=_arrival_s)
+        self._waiting.extend(self._future[:arrived])
+        del self._future[:arrived]
+        return True
 
     def _schedule_running(self, scheduled: list[tuple[Sequence, int]]) -> int:
         budget = self.config.max_num_batched_tokens
@@ -252,30 +262,25 @@ class BatchingEngine:
     def _schedule_waiting(self, scheduled: list[tuple[Sequence, int]], budget: int) -> int:
         while self._waiting and budget and len(self._running) < self.config.max_num_seqs:
             sequence = self._waiting[0]
-            tokens = min(sequence.length - sequence.cached, budget)
-            if not self._allocate(sequence, sequence.cached + tokens):
+            cached = self.kv.cached_tokens(sequence)
+            tokens = min(sequence.length - cached, budget)
+            if not self.kv.fits(cached + tokens):
                 break
-            sequence.computed, sequence.running = sequence.cached, True
+            sequence.cached = sequence.computed = cached
+            self.kv.hold_prefix(sequence)  # before room is made, which could evict it
+            self.kv.allocate(sequence, cached + tokens)
+            sequence.running = True
             self._running.append(self._waiting.popleft())
             scheduled.append((sequence, tokens))
             budget -= tokens
         return budget
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
-        while not self._allocate(sequence, tokens):
+        while not self.kv.allocate(sequence, tokens):
             victim = self._running.pop()
             self._preempt(victim)
             if victim is sequence:
                 return False
-        return True
-
-    def _allocate(self, sequence: Sequence, tokens: int) -> bool:
-        missing = _ceil_div(tokens, self.config.block_size) - sequence.blocks
-        if missing > self._free_blocks:
-            return False
-        if missing > 0:
-            sequence.blocks += missing
-            self._free_blocks -= missing
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -284,10 +289,9 @@ class BatchingEngine:
         self._stats.on_preemption()
 
     def _release(self, sequence: Sequence) -> None:
-        self._free_blocks += sequence.blocks
-        sequence.blocks = sequence.computed = 0
+        self.kv.release(sequence)
+        sequence.computed = 0
         sequence.running = sequence.decoding = False
-        assert self._free_blocks <= self._kv_blocks
 
     def _work(self, scheduled: list[tuple[Sequence, int]]) -> StepWork:
         prefill_tokens = decode_sequences = context_tokens = 0
@@ -335,7 +339,3 @@ class BatchingEngine:
 
 def _arrival_s(sequence: Sequence) -> float:
     return sequence.request.arrival_s
-
-
-def _ceil_div(tokens: int, size: int) -> int:
-    return -(-tokens // size)

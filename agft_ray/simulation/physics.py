@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from agft_ray.simulation.profiles import ActivityDecode, GpuProfile, ModelProfile, PowerProfile
@@ -157,6 +158,13 @@ def effective_sm_clock_mhz(
     def power_w(sm_clock_mhz: int) -> float:
         return busy_power_w(gpu, model, work, sm_clock_mhz)
 
+    return clock_under_cap(gpu, power_w, target_sm_clock_mhz)
+
+
+def clock_under_cap(
+    gpu: GpuProfile, power_w: Callable[[int], float], target_sm_clock_mhz: int
+) -> int:
+    """`effective_sm_clock_mhz`, for a step whose power at a clock is known otherwise."""
     if power_w(target_sm_clock_mhz) <= gpu.power.cap_w:
         return target_sm_clock_mhz
     clocks = gpu.supported_sm_clocks_mhz

@@ -128,7 +128,7 @@ class VirtualEngine:
             if steps < series.steps and self._start_s < arrival_s:
                 self._engine.begin_decode()
                 self._decoding = True
-                device.begin_step(self._start_s, series.work_after(steps))
+                device.begin_step(self._start_s, series.after(steps).work)
                 return True
         return False
 

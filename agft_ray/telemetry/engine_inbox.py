@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
+import operator
 
 from agft_ray.errors import StaleMetricsError
 from agft_ray.types import EngineSample
@@ -39,4 +41,8 @@ class EngineInbox:
 
     def since(self, t_s: float) -> list[EngineSample]:
         """All samples taken at or after `t_s`, oldest first."""
-        return [sample for sample in tuple(self._samples) if sample.t_s >= t_s]
+        samples = tuple(self._samples)
+        return list(samples[bisect.bisect_left(samples, t_s, key=_t_s) :])
+
+
+_t_s = operator.attrgetter("t_s")

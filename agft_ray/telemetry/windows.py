@@ -50,7 +50,9 @@ def close_window(
         raise WindowRejectedError(f"it lasted {duration_s:.1f} s instead of {window_s} s")
     energy_j = _energy_j(gpu, first.t_s, last.t_s)
     delta = _counter_deltas(engine)
-    busy = [s for s in gpu if not s.event_reasons & EventReason.GPU_IDLE] or gpu
+    reasons = {s.event_reasons for s in gpu}
+    idle = {r for r in reasons if r & EventReason.GPU_IDLE}
+    busy = [s for s in gpu if s.event_reasons not in idle] or gpu
     return Window(
         start_s=first.t_s,
         end_s=last.t_s,
@@ -58,7 +60,7 @@ def close_window(
         energy_j=energy_j,
         mean_power_w=energy_j / duration_s,
         sm_clock_mhz=_mean([s.sm_clock_mhz for s in busy]),
-        event_reasons=functools.reduce(operator.or_, (s.event_reasons for s in gpu)),
+        event_reasons=functools.reduce(operator.or_, reasons),
         running=_mean([s.running for s in engine]),
         waiting=_mean([s.waiting for s in engine]),
         kv_cache_usage=_mean([s.kv_cache_usage for s in engine]),
@@ -90,12 +92,17 @@ _COUNTERS = (
 )
 
 
+_counters = operator.attrgetter(*_COUNTERS)
+
+
 def _counter_deltas(samples: Sequence[EngineSample]) -> dict[str, Any]:
-    for before, after in itertools.pairwise(samples):
-        backwards = [n for n in _COUNTERS if getattr(after, n) < getattr(before, n)]
-        if backwards:
-            raise WindowRejectedError(f"engine counters went backwards: {', '.join(backwards)}")
-    return {n: getattr(samples[-1], n) - getattr(samples[0], n) for n in _COUNTERS}
+    values = [_counters(sample) for sample in samples]
+    for before, after in itertools.pairwise(values):
+        if any(map(operator.lt, after, before)):
+            pairs = zip(_COUNTERS, before, after, strict=True)
+            backwards = ", ".join(name for name, old, new in pairs if new < old)
+            raise WindowRejectedError(f"engine counters went backwards: {backwards}")
+    return dict(zip(_COUNTERS, map(operator.sub, values[-1], values[0]), strict=True))
 
 
 def _energy_j(samples: Sequence[GpuSample], start_s: float, end_s: float) -> float:

@@ -276,7 +276,7 @@ def test_every_request_gets_its_tokens_in_order_and_all_blocks_return(workload, 
             indices[event.request_id].append(event.index)
         assert tokens  # a batch is never empty
         held = sum(s.blocks for s in engine._running)
-        assert held + engine._free_blocks == kv_blocks
+        assert held + engine.kv.free == kv_blocks
         assert all(4 * s.blocks >= s.computed for s in engine._running)
     assert [len(found) for found in indices.values()] == [output for _, output, _ in workload]
     sample = engine.sample(1e9)
@@ -318,7 +318,7 @@ def test_random_aborts_leave_nothing_behind():
         now_s += STEP_S
         engine.complete(batch, now_s - STEP_S, now_s)
         held = sum(s.blocks for s in engine._running)
-        assert held + engine._free_blocks == 12
+        assert held + engine.kv.free == 12
     list(steps(engine, now_s))
     assert engine.sample(1e9).preemptions > 0
     assert engine.sample(1e9).kv_cache_usage == 0.0
