@@ -175,7 +175,7 @@ class StepSample:
     decode_sequences: int
     """Sequences that will get their next token."""
     context_tokens: int
-    """Tokens in the KV cache of all sequences of the step, before it."""
+    """Tokens in the KV caches of the decoding sequences, summed."""
     waiting: int
     kv_cache_usage: float
     """Share of KV blocks in use, 0..1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -46,10 +47,23 @@ MAX_EMPTY_WINDOWS = 2
 """The third empty window in a row is idleness, in which the reference does not learn."""
 
 
+class Place(enum.StrEnum):
+    """What a window of a round is for."""
+
+    SETTLE = "settle"
+    """The first one after a choice: the reference sleeps for 1.3 s."""
+    REWARD = "reward"
+    THIRD = "third"
+    """While learning, another one, for the sampler."""
+    STATE = "state"
+    """The context of the next choice, still under this clock."""
+
+
 class AgftReferenceConfig(StrictModel):
     """Settings of the policy `agft_reference`: none; its constants are the reference's.
 
-    The reference's windows last 0.8 s: set `window_s` of the tuner to it.
+    The reference's windows last 0.8 s: set `window_s` of the tuner to it, and a round takes about
+    as long as there (3.9 s while learning, 3.1 s while exploiting).
     """
 
     name: Literal["agft_reference"] = "agft_reference"
@@ -67,7 +81,11 @@ class ReferenceState(SoloState):
     """Those of them while learning."""
     normaliser: Normaliser = Field(default_factory=Normaliser)
     context: Vector = Field(default_factory=lambda: [0.0] * FEATURES)
-    """z-scores of the window before."""
+    """z-scores of the last state window."""
+    place: Place = Place.SETTLE
+    """What the next window is for; a clock is chosen only before the first of a round."""
+    held: int | None = None
+    """The clock of this round."""
     arms: dict[int, ReferenceArm] = Field(default_factory=dict)
     pruned: list[int] = Field(default_factory=list)
     space: list[int] = Field(default_factory=list)
@@ -100,14 +118,14 @@ class AgftReferencePolicy(SoloPolicy[ReferenceState]):
     and memory-clock modes (F12, F13), forgetting on restart (F2), unbounded histories and clocks
     the GPU does not support (F16).
 
-    Where our loop differs: one window serves both as the reward window of the choice before it and
-    as the context of the next one (the reference takes them apart, and a third one that changes
-    nothing); the context of an update is that of the window before, under the clock before, as
-    there. The gauges are means over the window, not averages of its last samples. The loop hands
-    over no windows without tokens: their number, up to the two that the reference learns from
-    before it calls the engine idle, is inferred from the gap between two windows that do come, so
-    windows that were rejected or throttled count as empty as well. Windows at default clocks that
-    it did not choose (cooldown) teach nothing but features.
+    Our windows come one after another, so a round of the reference is made of several: one that
+    settles, one for the reward, one more for the sampler while learning, one for the next context
+    (under the clock before, as there). What differs: gauges are means over the window, not
+    averages of its last samples; energy is the counter's. The loop hands over no windows without
+    tokens: their number is inferred from the gap between two that do come, so rejected and
+    throttled windows count as empty too, and with more than two in a row the engine counts as idle
+    (there: three without running requests). Windows at default clocks that it did not choose
+    (cooldown) end the round and teach nothing but features.
     """
 
     name = "agft_reference"
@@ -124,6 +142,8 @@ class AgftReferencePolicy(SoloPolicy[ReferenceState]):
             return Decision(None, "no arms")
         if len(state.baseline_edps) < BASELINE_WINDOWS:
             return Decision(None, "baseline")
+        if state.place is not Place.SETTLE and state.held in arms:
+            return Decision(state.held, "hold")
         available = self._available(arms)
         if not available:
             return Decision(None, "no arms")
@@ -153,41 +173,75 @@ class AgftReferencePolicy(SoloPolicy[ReferenceState]):
 
     def _learn(self, outcome: Outcome) -> None:
         state, window = self.state, outcome.window
-        edp_j_s = window.edp_j_s or 0.0
-        for _ in range(self._empty_windows(window)):
-            self._round(outcome.requested, 0.0, 0.0)
-            state.context = state.normaliser.add(EMPTY_FEATURES)
-        if len(state.baseline_edps) >= BASELINE_WINDOWS:
-            self._round(outcome.requested, reward_of(edp_j_s, self._baseline_j_s()), edp_j_s)
-        elif outcome.requested is None and edp_j_s > 0:
-            state.baseline_edps = [*state.baseline_edps, edp_j_s]
-        state.context = state.normaliser.add(raw_features(window))
+        empty = self._empty_windows(window)
+        for _ in range(min(empty, MAX_EMPTY_WINDOWS)):
+            self._take(outcome.requested, EMPTY_FEATURES, 0.0)
+        if empty > MAX_EMPTY_WINDOWS:
+            state.place, state.held = Place.STATE, outcome.requested
+        self._take(outcome.requested, raw_features(window), window.edp_j_s or 0.0)
         state.end_s = window.end_s
-
-    def _baseline_j_s(self) -> float:
-        return BASELINE_SHARE * sum(self.state.baseline_edps) / BASELINE_WINDOWS
 
     def _empty_windows(self, window: Window) -> int:
         """How many windows were withheld between the last one that came and this one."""
         if self.state.end_s is None or window.duration_s <= 0:
             return 0
-        gap = (window.start_s - self.state.end_s) / window.duration_s
-        return max(0, min(MAX_EMPTY_WINDOWS, int(gap + 0.1)))
+        return max(0, int((window.start_s - self.state.end_s) / window.duration_s + 0.1))
 
-    def _round(self, requested: int | None, reward: float, edp_j_s: float) -> None:
-        """Everything that follows one reward window at a clock of its own choice."""
+    def _take(self, clock: int | None, raw: Sequence[float], edp_j_s: float) -> None:
+        """Use one window for what its place in the round says; an EDP of 0.0 means no tokens."""
         state = self.state
-        if requested is None or len(state.baseline_edps) < BASELINE_WINDOWS:
+        measuring = len(state.baseline_edps) < BASELINE_WINDOWS
+        if clock is None or measuring:
+            state.context, state.place = state.normaliser.add(raw), Place.SETTLE
+            if clock is None and measuring and edp_j_s > 0:
+                state.baseline_edps = [*state.baseline_edps, edp_j_s]
             return
-        arm = state.arms.setdefault(requested, ReferenceArm())
+        place = state.place if clock == state.held else Place.SETTLE
+        state.held = clock
+        if place is Place.SETTLE:
+            state.place = Place.REWARD
+        elif place is Place.REWARD:
+            state.place = Place.STATE if state.exploiting else Place.THIRD
+            self._reward(clock, edp_j_s)
+        elif place is Place.THIRD:
+            state.place = Place.STATE
+            self._feedback(clock, state.normaliser.add(raw))
+            self._finish_round()
+        else:
+            state.place, state.context = Place.SETTLE, state.normaliser.add(raw)
+
+    def _reward(self, clock: int, edp_j_s: float) -> None:
+        """Update the bandit with a reward window."""
+        state = self.state
+        baseline_j_s = BASELINE_SHARE * sum(state.baseline_edps) / BASELINE_WINDOWS
+        reward = reward_of(edp_j_s, baseline_j_s) if edp_j_s > 0 else 0.0
+        arm = state.arms.setdefault(clock, ReferenceArm())
         arm.learn(state.context, reward, edp_j_s)
         state.rounds += 1
-        state.actions = [*state.actions, requested][-CONVERGENCE_ACTIONS:]
+        state.actions = [*state.actions, clock][-CONVERGENCE_ACTIONS:]
         state.recent_edps = [*state.recent_edps, edp_j_s][-2 * DEGRADATION_WINDOWS :]
         if state.rounds <= EXTREME_ROUNDS and is_extreme(arm):
-            self._prune([requested])
-        if not state.exploiting:
-            self._feedback(requested)
+            self._prune([clock])
+        if state.exploiting:
+            self._finish_round()
+
+    def _feedback(self, clock: int, context: Sequence[float]) -> None:
+        """Count a learning round; from the 80th on, refine the space after every tenth."""
+        state = self.state
+        state.feedbacks += 1
+        overdue = state.feedbacks - REFINE_FROM
+        if overdue < 0 or overdue % REFINE_INTERVAL:
+            return
+        known = self._known()
+        if state.rounds < MATURE_ROUNDS:
+            anchor = statistical_anchor(known, clock)
+        else:
+            anchor = predictive_anchor(known, context, state.rounds)
+        if anchor is not None:
+            state.space = refined_grid(anchor, min(state.arms), max(state.arms))
+
+    def _finish_round(self) -> None:
+        state = self.state
         due = state.rounds - state.checked >= HISTORICAL_INTERVAL
         if state.rounds >= HISTORICAL_FROM and due:
             state.checked = state.rounds
@@ -209,21 +263,6 @@ class AgftReferencePolicy(SoloPolicy[ReferenceState]):
         for trigger in triggers:
             gone = cascade(trigger, list(self._known()), max(state.arms))
             state.pruned = sorted({*state.pruned, *gone})
-
-    def _feedback(self, requested: int) -> None:
-        """Count a learning round; from the 80th on, refine the space after every tenth."""
-        state = self.state
-        state.feedbacks += 1
-        overdue = state.feedbacks - REFINE_FROM
-        if overdue < 0 or overdue % REFINE_INTERVAL:
-            return
-        known = self._known()
-        if state.rounds < MATURE_ROUNDS:
-            anchor = statistical_anchor(known, requested)
-        else:
-            anchor = predictive_anchor(known, state.context, state.rounds)
-        if anchor is not None:
-            state.space = refined_grid(anchor, min(state.arms), max(state.arms))
 
     def _switch_phase(self) -> None:
         """Converge when three arms have had 60 of 100 choices; relearn when EDP rose by 30 %."""
