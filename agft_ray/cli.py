@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from agft_ray import __version__
 from agft_ray.actors import simulate_on_ray, status_command
 from agft_ray.errors import AgftError
-from agft_ray.evaluation import simulate_command, workload_options
+from agft_ray.evaluation import fetch_data, simulate_command, workload_options
 from agft_ray.gpu import commands as gpu_commands
 from agft_ray.types import Request
 
@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu_commands.add_commands(commands)
     simulate_command.add_command(commands, ray_pool=simulate_on_ray.ray_pool)
     status_command.add_command(commands)
+    fetch_data.add_command(commands)
     return parser
 
 

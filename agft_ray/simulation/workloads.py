@@ -120,7 +120,7 @@ class DayNight(AnyLengths):
 
 
 class _Prototype(Workload):
-    """AGFT names five prototypes of load and, as far as is public, no numbers: these are ours."""
+    """AGFT names five prototypes of load; we know no numbers of theirs, so these are our own."""
 
     prompt: ClassVar[tuple[int, float]]
     """Median tokens, standard deviation of their logarithm."""

@@ -5,6 +5,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from agft_ray.errors import TraceError
 from agft_ray.simulation.traces import MAX_LINE_CHARS, find_trace, open_trace
@@ -152,6 +154,27 @@ def test_a_broken_first_row_is_not_the_origin_of_time(write, header, broken, goo
 def test_a_file_that_is_no_trace_is_always_an_error(write, content, problem):
     with pytest.raises(TraceError, match=problem):
         list(open_trace(write(content), strict=False))
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from([(AZURE, AZURE_ROW), (LENGTHS, LENGTHS_ROW), ("", mooncake())]),
+    st.integers(0, 60),
+    st.integers(0, 20),
+    st.binary(max_size=20),
+)
+def test_a_damaged_line_is_never_more_than_a_trace_error(write, sample, start, length, damage):
+    header, row = sample
+    broken = bytearray(row.encode())
+    broken[start : start + length] = damage
+    path = write((header + row).encode() + broken)
+    requests = list(open_trace(path, strict=False))
+    assert requests[0] == next(open_trace(path))
+    for request in requests:
+        assert request.arrival_s >= 0
+        assert min(request.prompt_tokens, request.output_tokens) >= 1
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
