@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING
 from agft_ray import __version__
 from agft_ray.actors import simulate_on_ray, status_command
 from agft_ray.errors import AgftError
-from agft_ray.evaluation import fetch_data, simulate_command, workload_options
+from agft_ray.evaluation import (
+    fetch_data,
+    report_command,
+    simulate_command,
+    workload_options,
+)
 from agft_ray.gpu import commands as gpu_commands
 from agft_ray.types import Request
 
@@ -31,7 +36,8 @@ DEFAULT_TIMEOUT_S = 600.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status (0 fine, 1 failed, 2 bad input)."""
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(given, argparse.Namespace(argv=given))
     if threading.current_thread() is threading.main_thread():
         # Ended like this, a demo still stops the cluster it started.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -122,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu_commands.add_commands(commands)
     simulate_command.add_command(commands, ray_pool=simulate_on_ray.ray_pool)
     status_command.add_command(commands)
+    report_command.add_command(commands)
     fetch_data.add_command(commands)
     return parser
 

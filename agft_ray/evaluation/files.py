@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+RUNS_FILE, STUDY_FILE = "runs.json", "study.json"
+"""In the folder of a study: its records, and what it was made with."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:

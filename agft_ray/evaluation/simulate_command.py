@@ -206,22 +206,23 @@ def _run(study: Study, pool: Pool) -> bool:
 
 
 def _write(study: Study, arguments: argparse.Namespace, interrupted: bool) -> None:
-    from agft_ray.evaluation.files import write_json
+    from agft_ray.evaluation.files import RUNS_FILE, STUDY_FILE, write_json
     from agft_ray.evaluation.run_record import write_runs
 
     if arguments.json is not None:
         write_runs(arguments.json, study.records)
     if arguments.out is not None:
-        write_runs(arguments.out / "runs.json", study.records)
-        write_json(arguments.out / "study.json", manifest(study, interrupted))
+        write_runs(arguments.out / RUNS_FILE, study.records)
+        about = manifest(study, ["agft-ray", *arguments.argv], interrupted)
+        write_json(arguments.out / STUDY_FILE, about)
 
 
-def manifest(study: Study, interrupted: bool) -> dict[str, Any]:
+def manifest(study: Study, command: Sequence[str], interrupted: bool) -> dict[str, Any]:
     """What was run and with what: all that repeats it."""
     import numpy as np
 
     return {
-        "command": ["agft-ray", *sys.argv[1:]],
+        "command": list(command),
         "scenario": json.loads(study.scenario.model_dump_json()),
         "policies": [spec.label for spec in study.specs],
         "seeds": list(study.seeds),

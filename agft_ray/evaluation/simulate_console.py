@@ -39,6 +39,10 @@ CONDUCT = (
 )
 DETAIL_COLUMNS = 3
 PLAIN_WIDTH = 100
+LABEL_WIDTH = 20
+"""Longer names of policies are folded."""
+HUGE_PERCENT = 1000.0
+"""From here on a change is told as a multiple, without its interval."""
 
 
 def print_study(
@@ -74,7 +78,7 @@ def _title(records: Sequence[RunRecord]) -> str:
 def _changes(found: Sequence[PolicyStanding], records: Sequence[RunRecord]) -> Table:
     several = any(len(standing.runs) > 1 for standing in found)
     caption = "95 % intervals over seeds, paired by seed" if several else "a single seed"
-    table = _table(_title(records), f"change against default clocks in %; {caption}")
+    table = _table(found, _title(records), f"change against default clocks in %; {caption}")
     for label, _ in CHANGES:
         table.add_column(label, justify="right", no_wrap=True)
     for standing in found:
@@ -87,7 +91,9 @@ def _changes(found: Sequence[PolicyStanding], records: Sequence[RunRecord]) -> T
 
 
 def _conduct(found: Sequence[PolicyStanding]) -> Table:
-    table = _table(None, "converged: windows; worst: TPOT of a window before, by default clocks'")
+    table = _table(
+        found, None, "converged: windows; worst: TPOT of a window before, by default clocks'"
+    )
     shown = [(label, name) for label, name in CONDUCT if any(name in s.values for s in found)]
     for label, _ in shown:
         table.add_column(label, justify="right", no_wrap=True)
@@ -98,7 +104,7 @@ def _conduct(found: Sequence[PolicyStanding]) -> Table:
 
 
 def _details(found: Sequence[PolicyStanding]) -> Table:
-    table = _table(None, None)
+    table = _table(found, None, None)
     for standing in found:
         table.add_column(_label(standing), justify="right", no_wrap=True)
     for metric in METRICS:
@@ -113,12 +119,13 @@ def _details(found: Sequence[PolicyStanding]) -> Table:
     return table
 
 
-def _table(title: str | None, caption: str | None) -> Table:
+def _table(found: Sequence[PolicyStanding], title: str | None, caption: str | None) -> Table:
     from rich import box
     from rich.table import Table
 
+    width = min(max(len(standing.policy) for standing in found), LABEL_WIDTH)
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", overflow="fold")
+    table.add_column("", overflow="fold", min_width=width)
     return table
 
 
@@ -161,6 +168,8 @@ def _percent(spread: Spread | None) -> str:
     if spread is None:
         return NO_VALUE
     half = spread.half_width
+    if spread.mean >= HUGE_PERCENT:
+        return f"[red]x{1.0 + spread.mean / 100.0:.0f}[/]"
     digits = 0 if abs(spread.mean) >= 100 or (half or 0.0) >= 10 else 1
     width = "" if half is None else f"±{half:.{digits}f}"
     text = f"{spread.mean:+.{digits}f}{width}"
