@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any, Protocol, TypeVar
@@ -78,9 +79,10 @@ _board: Any = None
 
 
 def _hang_up(board: Any) -> None:
-    """In a worker: where it reports."""
+    """In a worker: where it reports. Ctrl-C is the parent's to answer: it stops the workers."""
     global _board
     _board = board
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _work(work: Callable[[T, Report], R], job: T, number: int) -> R:

@@ -86,6 +86,12 @@ def perform(job: Job, report: Report) -> Run | None:
         return _run(job, rows, totals)
 
 
+def measure(job: Job, report: Report) -> RunRecord | None:
+    """`perform`, of which only the record is kept."""
+    run = perform(job, report)
+    return None if run is None else run.record
+
+
 def fleet_setup(scenario: Scenario, spec: PolicySpec, seed: int) -> FleetSetup:
     """The fleet of one run."""
     settings = spec.settings

@@ -52,14 +52,13 @@ def print_study(
     from rich.markup import escape
 
     found = standings(records)
-    if not found:
-        console.print("no run was finished")
-        return
-    console.print(_changes(found, records))
-    console.print(_conduct(found))
-    if details:
-        for start in range(0, len(found), DETAIL_COLUMNS):
-            console.print(_details(found[start : start + DETAIL_COLUMNS]))
+    if found:
+        console.print(_changes(found, records))
+        console.print(_conduct(found))
+    else:
+        console.print("No run was finished.")
+    for start in range(0, len(found) if details else 0, DETAIL_COLUMNS):
+        console.print(_details(found[start : start + DETAIL_COLUMNS]))
     for note in notes:
         console.print(f"[dim]•[/dim] {escape(note)}", highlight=False)
 

@@ -31,7 +31,7 @@ from agft_ray.evaluation.policy_specs import (
 from agft_ray.evaluation.pool import OnProgress, Pool, Report
 from agft_ray.evaluation.run_record import RunRecord
 from agft_ray.evaluation.scenario import Scenario
-from agft_ray.evaluation.simulate import Job, Run, perform
+from agft_ray.evaluation.simulate import Job, Run, measure, perform
 
 R = TypeVar("R")
 OnPhase = Callable[[str, int], OnProgress]
@@ -106,9 +106,9 @@ class Study:
     def _named(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
         specs = [spec for spec in self.specs if spec.settings and spec.label != DEFAULT]
         jobs = [self._job(spec, seed, default[seed]) for spec in specs for seed in self.seeds]
-        for _, run in pool(perform, jobs, on_phase("policies", len(jobs))):
-            if run is not None:
-                self.records.append(run.record)
+        for _, record in pool(measure, jobs, on_phase("policies", len(jobs))):
+            if record is not None:
+                self.records.append(record)
 
     def _fixed(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
         if not (self._wants(FRONTIER) or self._wants(BEST_STATIC)):
@@ -118,8 +118,8 @@ class Study:
             for seed in self.seeds
             for job in fixed_jobs(self._template(seed), default[seed], self.clock_step_mhz)
         ]
-        runs = _all(pool, perform, jobs, on_phase("fixed clocks", len(jobs)))
-        found = [run.record for run in runs if run is not None]
+        runs = _all(pool, measure, jobs, on_phase("fixed clocks", len(jobs)))
+        found = [run for run in runs if run is not None]
         if drowned := len(runs) - len(found):
             self.notes.append(
                 f"{drowned} runs at the lowest fixed clocks could not keep up and were left out."
@@ -139,8 +139,8 @@ class Study:
             for seed in self.seeds
             for job in pair_jobs(self._template(seed), default[seed], self.oracle_step_mhz)
         ]
-        runs = _all(pool, perform, jobs, on_phase("pairs of clocks", len(jobs)))
-        found = [run.record for run in runs if run is not None]
+        runs = _all(pool, measure, jobs, on_phase("pairs of clocks", len(jobs)))
+        found = [run for run in runs if run is not None]
         for seed in self.seeds:
             bounds = Bounds.of(default[seed].record, self.scenario.slo)
             runs_of_seed = (record for record in found if record.seed == seed)

@@ -2,6 +2,10 @@
 
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -140,8 +144,6 @@ def test_what_was_finished_before_ctrl_c_is_written(tmp_path, monkeypatch, capsy
 
 
 def test_without_a_cluster_ray_is_refused_in_a_sentence(monkeypatch, capsys):
-    import sys
-
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*SHORT[:-2], "--ray"]) == 2
     assert "--ray needs Ray: pip install 'agft-ray[serve]'" in capsys.readouterr().err
@@ -269,3 +271,45 @@ def test_the_verdict_on_the_ranking():
     rows = [line for line in console.file.getvalue().splitlines() if "a.b" in line]
     assert "differs" not in rows[0]
     assert "differs" in rows[1]
+
+
+# -- Ctrl-C ----------------------------------------------------------------------------------------
+
+
+def started(arguments):
+    code = "import sys; from agft_ray.cli import main; sys.exit(main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_for(path, process):
+    deadline_s = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_ends_it_at_once_and_leaves_whole_files(tmp_path, jobs):
+    out, file = tmp_path / "rows", tmp_path / "out.json"
+    process = started(
+        [
+            *("simulate", "--rate", "1", "--duration", "1e5", "--jobs", jobs),
+            *("--policy", "fixed:1230", "--out", str(out), "--json", str(file)),
+        ]
+    )
+    wait_for(out / "default" / "seed-0", process)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in text
+    assert json.loads(file.read_text()) == {"runs": []}
+    assert sorted(p.name for p in out.rglob("*") if p.is_file()) == ["runs.json", "study.json"]
+    assert json.loads((out / "study.json").read_text())["interrupted"] is True
