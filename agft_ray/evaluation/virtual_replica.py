@@ -185,9 +185,14 @@ class VirtualReplica:
         return self._engine.sample(self.clock.now_s())
 
     def submit(self, request: Request) -> None:
-        """Hand over a request that arrives now; raises `ValueError` if it can never be served."""
+        """Hand over a request that arrives now, and wake a tuner that waits for work, as under Ray.
+
+        Raises `ValueError` if the request can never be served.
+        """
         self._engine.submit((request,))
         self.ongoing += 1
+        if self.ongoing == 1 and self.tuner is not None and self.tuner.waits_for_work:
+            self._resume_loop()
 
     def advance_to(self, t_s: float) -> None:
         """Let time pass: engine, tuner and grid, each when it is due, up to and including `t_s`."""
@@ -196,14 +201,17 @@ class VirtualReplica:
             if due_s == self._grid_end_s:
                 self._close_window()
             if due_s == self._wake_s:
-                self._inbox.push(self.sample())
-                self._wake_s = next(self._loop)
+                self._resume_loop()
         self._run_to(t_s)
 
     def close(self) -> None:
         """End the tuner's loop, which resets the clocks."""
         if self.tuner is not None:
             self._loop.close()
+
+    def _resume_loop(self) -> None:
+        self._inbox.push(self.sample())
+        self._wake_s = next(self._loop)
 
     def _run_to(self, t_s: float) -> None:
         self._engine.run_until(t_s)

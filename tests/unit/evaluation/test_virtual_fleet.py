@@ -155,6 +155,17 @@ def test_a_fixed_clock_is_what_the_windows_show():
     assert all(w.sm_clock_mhz == pytest.approx(1230, abs=1e-6) for w in late[1:])
 
 
+def test_a_tuner_that_waits_for_work_is_woken_by_a_request():
+    requests = [Request(str(i), 1.0 + i, 100, 30) for i in range(40)]
+    requests.append(Request("late", 70.013, 100, 30))
+    rows = run(requests, make_setup({"name": "agft"}, duration_s=80.0))
+    woken = [record for _, record in rows.records if record.note == "woken"]
+    assert [record.t_s for record in woken] == [70.013]
+    idle = [record.decision for _, record in rows.records if 60 < record.t_s < 70]
+    assert {(decision.arm, decision.reason) for decision in idle} == {(210, "idle")}
+    assert woken[0].decision.reason != "idle"
+
+
 def test_requests_that_can_never_be_served_are_counted_and_passed_over():
     requests = [
         Request("good", 1.0, 100, 5),
