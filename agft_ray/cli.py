@@ -13,14 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agft_ray import __version__
-from agft_ray.actors import status_command
+from agft_ray.actors import simulate_on_ray, status_command
 from agft_ray.errors import AgftError
-from agft_ray.evaluation import calibrate_command, fetch_data, workload_options
+from agft_ray.evaluation import (
+    calibrate_command,
+    fetch_data,
+    report_command,
+    simulate_command,
+    workload_options,
+)
 from agft_ray.gpu import commands as gpu_commands
 from agft_ray.types import Request
 
 if TYPE_CHECKING:
-    from agft_ray.evaluation.summary import Slo
+    from agft_ray.evaluation.replay_result import ReplayResult
+    from agft_ray.evaluation.summary import Comparison, Slo
     from agft_ray.gpu.gpu_config import GpuConfig
     from agft_ray.settings import TunerConfig
 
@@ -30,7 +37,8 @@ DEFAULT_TIMEOUT_S = 600.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status (0 fine, 1 failed, 2 bad input)."""
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(given, argparse.Namespace(argv=given))
     if threading.current_thread() is threading.main_thread():
         # Ended like this, a demo still stops the cluster it started.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -72,7 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument(
         "--timeout", type=float, default=DEFAULT_TIMEOUT_S, metavar="S", help="per request"
     )
+    replay.add_argument("--slo-ttft", type=float, metavar="S", help="bound on each request's TTFT")
+    replay.add_argument("--slo-tpot", type=float, metavar="S", help="bound on each request's TPOT")
     replay.add_argument("--out", type=Path, help="directory for requests.csv and summary.json")
+    replay.add_argument("--json", type=Path, metavar="FILE", help="a record of each role's run")
     replay.set_defaults(command=_replay)
 
     demo = commands.add_parser(
@@ -116,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     vllm.set_defaults(command=_bench_vllm)
 
     gpu_commands.add_commands(commands)
+    simulate_command.add_command(commands, ray_pool=simulate_on_ray.ray_pool)
     status_command.add_command(commands)
+    report_command.add_command(commands)
     fetch_data.add_command(commands)
     calibrate_command.add_command(commands)
     return parser
@@ -151,14 +164,24 @@ def _described(gpu: GpuConfig, tuner: TunerConfig) -> str:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    return _run_replay(
+    from agft_ray.evaluation.run_record import records_of_replay, write_runs
+    from agft_ray.evaluation.summary import Slo
+
+    bounds_s = (arguments.slo_ttft, arguments.slo_tpot)
+    result, comparison = _run_replay(
         workload_options.checked_workload(arguments, arguments.duration),
         url=arguments.url,
         out=arguments.out,
+        slo=None if bounds_s == (None, None) else Slo(*bounds_s),
         model=arguments.model,
         speed=arguments.speed,
         timeout_s=arguments.timeout,
     )
+    if arguments.json is not None:
+        trace = workload_options.workload_name(arguments.trace, arguments.workload, arguments.rate)
+        origin = {"trace": trace, "seed": arguments.seed, "keep": arguments.keep}
+        write_runs(arguments.json, records_of_replay(result, comparison, **origin))
+    return _exit_status(result)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -179,10 +202,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     ):
         status.stop()
         slo = Slo(config.tuner.slo.ttft_s, config.tuner.slo.tpot_s)
-        code = _run_replay(workload, url=app.url, out=out, slo=slo)
+        result, _ = _run_replay(workload, url=app.url, out=out, slo=slo)
         status.start()
     console.print(f"Requests, time line, summary and the log of serve run: {out}")
-    return code
+    return _exit_status(result)
 
 
 def _run_replay(
@@ -194,7 +217,7 @@ def _run_replay(
     model: str | None = None,
     speed: float | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
-) -> int:
+) -> tuple[ReplayResult, Comparison]:
     from rich.console import Console
 
     from agft_ray.evaluation.replay import replay
@@ -213,9 +236,14 @@ def _run_replay(
                 on_progress=on_progress,
             )
         )
-    print_comparison(summarise(result, slo=slo), Console())
+    comparison = summarise(result, slo=slo)
+    print_comparison(comparison, Console())
     if out is not None:
         result.write(out, slo=slo)
+    return result, comparison
+
+
+def _exit_status(result: ReplayResult) -> int:
     return 130 if result.interrupted else int(any(row.is_failed for row in result.rows))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from agft_ray.errors import AgftError
+from agft_ray.evaluation.figures import new_figure, plain_axes
 
 SMOOTH_S = 30.0
 COLOURS = {"tuned": "#1b7f4d", "holdout": "#b3471d"}
@@ -21,14 +22,8 @@ def plot(directory: Path, out: Path) -> None:
     Reads the `timeline.csv` of a replay; the format of `out` is that of its suffix (svg, png,
     pdf). Raises `AgftError` if there is no time line or matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise AgftError("a plot needs matplotlib: pip install 'agft-ray[report]'") from None
+    figure = new_figure(6.4)
     replicas = _read(directory / "timeline.csv")
-    mpl.rcParams["svg.hashsalt"] = "agft_ray"
-    figure = Figure(figsize=(8.5, 6.4), layout="constrained")
     clock, power, energy = figure.subplots(3, 1, sharex=True)
     for (role, _), rows in sorted(replicas.items()):
         t_s = rows[:, 0] - min(series[0, 0] for series in replicas.values())
@@ -45,8 +40,7 @@ def plot(directory: Path, out: Path) -> None:
     ):
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
     energy.set_xlabel("simulated time, s")
     handles, labels = clock.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))

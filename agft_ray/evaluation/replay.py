@@ -124,6 +124,7 @@ class _Replay:
             ended_s=started_s + self.wall_s * self.speed,
             wall_s=self.wall_s,
             speed=self.speed,
+            model=self.model,
             interrupted=not completed,
             settled=self.settled,
             missed_polls=self.missed_polls,

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from agft_ray.evaluation.files import write_csv, write_json
 
 if TYPE_CHECKING:
     from agft_ray.evaluation.summary import Slo
@@ -50,6 +47,7 @@ class ReplicaStatus(_Answer):
     mode: str = ""
     policy: str = ""
     gpu_uuid: str = ""
+    gpu_model: str = ""
     t_s: float
     energy_j: float
     energy_t_s: float
@@ -142,6 +140,8 @@ class ReplayResult:
     wall_s: float
     speed: float
     """Simulated seconds per wall second."""
+    model: str = ""
+    """The model asked for."""
     interrupted: bool = False
     settled: bool = True
     """The server came to rest before the last status was taken."""
@@ -159,37 +159,15 @@ class ReplayResult:
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         names = [field.name for field in fields(RequestRow)]
-        _write_csv(target / "requests.csv", names, (astuple(row) for row in self.rows))
+        write_csv(target / "requests.csv", names, (astuple(row) for row in self.rows))
         header = ["now_s", *ReplicaStatus.model_fields]
-        _write_csv(target / "timeline.csv", header, self._timeline_rows())
-        with _replacing(target / "summary.json") as file:
-            json.dump(summarise(self, slo=slo).to_json(), file, indent=2, allow_nan=False)
+        write_csv(target / "timeline.csv", header, self._timeline_rows())
+        write_json(target / "summary.json", summarise(self, slo=slo).to_json())
 
     def _timeline_rows(self) -> Iterator[Iterable[Any]]:
         for status in self.timeline:
             for replica in status.replicas:
                 yield [status.now_s, *replica.model_dump().values()]
-
-
-def _write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    with _replacing(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
-    """A file that takes the place of `path` once it is complete."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "w", encoding="utf-8", newline="") as file:
-            os.fchmod(file.fileno(), 0o644)
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def bottlenecks(result: ReplayResult) -> list[str]:

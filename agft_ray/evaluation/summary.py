@@ -26,7 +26,8 @@ from agft_ray.evaluation.replay_result import (
 )
 
 FORMAT = 1
-ROLES = ("tuned", "holdout")
+HOLDOUT = "holdout"
+ROLES = ("tuned", HOLDOUT)
 MAX_ERRORS = 5
 
 
@@ -60,11 +61,15 @@ class Distribution:
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Distribution:
         """Of those that are not None."""
-        known = np.array([value for value in values if value is not None])
-        if not known.size:
+        return cls.of_array(np.array([value for value in values if value is not None]))
+
+    @classmethod
+    def of_array(cls, values: np.ndarray) -> Distribution:
+        """Of all of them."""
+        if not values.size:
             return cls()
-        p50, p95, p99 = np.percentile(known, (50, 95, 99)).tolist()
-        return cls(known.size, float(known.mean()), p50, p95, p99)
+        p50, p95, p99 = np.percentile(values, (50, 95, 99)).tolist()
+        return cls(values.size, float(values.mean()), p50, p95, p99)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +267,7 @@ def _changes(groups: Sequence[Group]) -> dict[str, float]:
     by_role = {group.role: group.comparable() for group in groups}
     if not set(ROLES) <= by_role.keys():
         return {}
-    pairs = {name: (value, by_role["holdout"][name]) for name, value in by_role["tuned"].items()}
+    pairs = {name: (value, by_role[HOLDOUT][name]) for name, value in by_role["tuned"].items()}
     return {name: 100 * (t / h - 1) for name, (t, h) in pairs.items() if t is not None and h}
 
 

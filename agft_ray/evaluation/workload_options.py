@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,7 +17,7 @@ DEFAULT_WORKLOAD = "conversation"
 DEFAULT_RATE_PER_S = 1.5
 
 
-def add_workload_options(parser: argparse.ArgumentParser) -> None:
+def add_workload_options(parser: argparse.ArgumentParser, *, several_seeds: bool = False) -> None:
     """Add --trace or --workload, and what goes with them."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -47,7 +48,10 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a setting of the generated workload, such as cv=4; repeatable",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    if several_seeds:
+        parser.add_argument("--seed", default="0", help="0..9 or 0,3,5; default: 0")
+    else:
+        parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--skip-broken", action="store_true", help="pass over broken trace lines, naming them"
     )
@@ -87,6 +91,11 @@ def workload(
         return kept if duration_s is None else until(kept, duration_s)
     except ValueError as error:
         raise AgftError(str(error)) from None
+
+
+def workload_name(trace: str | None, workload: str, rate_per_s: float) -> str:
+    """How records name it: the trace's file name, or the generated workload and its rate."""
+    return Path(trace).name if trace else f"{workload}@{rate_per_s:g}"
 
 
 def _generated(arguments: argparse.Namespace) -> Iterable[Request]:

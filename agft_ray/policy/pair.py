@@ -26,6 +26,8 @@ class PairGovernor:
     """A constant pair of clocks, the lowest clock while the engine is empty; learns nothing."""
 
     name = "pair"
+    is_steady = True
+    """Its choice depends on nothing but the phase: series of decode steps may be jumped over."""
 
     def __init__(self, config: PairConfig) -> None:
         self._config = config
