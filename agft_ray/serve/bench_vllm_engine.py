@@ -4,6 +4,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import random
 import time
@@ -132,19 +133,19 @@ class VllmReplica:
     """An `AsyncLLM` with vLLM's default statistics; on side 'with' it reports to tuners, too."""
 
     async def __init__(self, model: str, side: str, details: bool) -> None:  # type: ignore[misc]
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        from agft_ray.serve import vllm_plugin
 
         self._is_tuned = side == "with"
         self._stats = VllmStats()
         self._tuner: TunerLink | None = None
         self._tuners = 0
         self._gpu = claim_simulated_gpu(SimulatedGpuConfig(), application=BENCH, model=GPU_LOAD)
-        arguments = AsyncEngineArgs(
-            model=model, enable_logging_iteration_details=self._is_tuned and details, **ENGINE
-        )
+        times_steps = self._is_tuned and details
         with self._stats.registered() if self._is_tuned else contextlib.nullcontext():
-            self._engine = AsyncLLM.from_engine_args(arguments)
+            self._engine = vllm_plugin.start_engine(
+                model=model, enable_logging_iteration_details=times_steps, **ENGINE
+            )
+        self._generate = functools.partial(vllm_plugin.token_counts, self._engine)
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         """Do what is asked for: 'begin' and 'end' being tuned, 'measure' a block of load between;
@@ -196,22 +197,6 @@ class VllmReplica:
             if status.get("number") == self._tuners:
                 return {name: status.get(name) for name in STATUS_FIELDS}
         return None
-
-    async def _generate(
-        self, prompt: list[int], max_tokens: int, request_id: str
-    ) -> AsyncIterator[int]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        inputs = {"prompt_token_ids": prompt}
-        async for output in self._engine.generate(inputs, sampling, request_id):
-            yield len(output.outputs[0].token_ids)
 
 
 def build_replica(args: dict[str, Any]) -> serve.Application:

@@ -1,9 +1,10 @@
-"""The stat logger that vLLM loads: the only module that imports vLLM."""
+"""vLLM itself: the stat logger that it loads, and an engine. The only module that imports vLLM."""
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import AsyncIterator
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -47,3 +48,28 @@ def problem() -> str:
     """Why the statistics of the installed vLLM are not enough to tune by, or ""."""
     finished = [field.name for field in dataclasses.fields(FinishedRequestStats)]
     return missing_fields(SchedulerStats(), IterationStats(), finished)
+
+
+def start_engine(**arguments: Any) -> Any:
+    """An `AsyncLLM`, given the arguments of `AsyncEngineArgs`; blocks until it has loaded."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+
+async def token_counts(
+    engine: Any, prompt: list[int], max_tokens: int, request_id: str
+) -> AsyncIterator[int]:
+    """Have an `AsyncLLM` answer a prompt of token ids greedily, with exactly so many tokens; how
+    many have come, as they come."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    async for output in engine.generate({"prompt_token_ids": prompt}, sampling, request_id):
+        yield len(output.outputs[0].token_ids)
