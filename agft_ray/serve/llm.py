@@ -32,7 +32,7 @@ from agft_ray.serve.llm_config import (
     LlmPdAppConfig,
     check_llm_config,
 )
-from agft_ray.serve.vllm_stats import VllmStats
+from agft_ray.serve.vllm_stats import VllmStats, look_at_vllm
 from agft_ray.simulation.profiles import load_gpu_profile
 
 
@@ -58,14 +58,13 @@ class TunedServerMixin:
 
     async def start(self) -> None:
         """Start the tuner, then the engine."""
-        from agft_ray.serve import vllm_plugin
-
         llm_config: LLMConfig = await self.llm_config()  # type: ignore[attr-defined]
         wants_log = llm_config.engine_kwargs.get("enable_logging_iteration_details", False)
         stats = VllmStats(quiet=not wants_log)
-        self._tuner = _attach(llm_config, self.tuner_role, stats, vllm_plugin.problem())
+        problem, times_steps = look_at_vllm()
+        self._tuner = _attach(llm_config, self.tuner_role, stats, problem)
         await self._tuner.probed()
-        if vllm_plugin.HAS_ITERATION_DETAILS:
+        if times_steps:
             llm_config.update_engine_kwargs(enable_logging_iteration_details=True)
         with stats.registered():
             await super().start()  # type: ignore[misc]
@@ -82,9 +81,11 @@ class TunedServerMixin:
             self._tuner.reconfigure(user_config)
 
     async def __del__(self) -> None:
-        if self._tuner is not None:
-            await self._tuner.close()
-        await super().__del__()  # type: ignore[misc]
+        try:
+            if self._tuner is not None:
+                await self._tuner.close()
+        finally:
+            await super().__del__()  # type: ignore[misc]
 
 
 class TunedLLMServer(TunedServerMixin, LLMServer):  # type: ignore[misc]

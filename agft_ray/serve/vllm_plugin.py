@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.metrics import stats as vllm_stats
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, SchedulerStats
 
-from agft_ray.serve.vllm_stats import missing_fields, registered_stats
+from agft_ray.serve.vllm_stats import DETAILS_FIELDS, missing_fields, registered_stats
 
-HAS_ITERATION_DETAILS = hasattr(AsyncEngineArgs, "enable_logging_iteration_details")
-"""Whether this vLLM can time its steps and tell those with prefill apart."""
+OPTION = "enable_logging_iteration_details"
 
 
 class TunerStatLogger(StatLoggerBase):  # type: ignore[misc]
@@ -24,10 +24,11 @@ class TunerStatLogger(StatLoggerBase):  # type: ignore[misc]
         self._stats = registered_stats()
         if self._stats is not None:
             observability = getattr(vllm_config, "observability_config", None)
-            details = getattr(observability, "enable_logging_iteration_details", False)
+            details = getattr(observability, OPTION, False) and times_steps()
             self._stats.connect(engine_index, has_details=details)
             # vLLM rebuilds its loggers when it scales its engines, without those of plugins.
-            weakref.finalize(self, self._stats.disconnect)
+            self._finalizer = weakref.finalize(self, self._stats.disconnect)
+            self._finalizer.atexit = False
         self._engine_index = engine_index
 
     def record(
@@ -48,6 +49,20 @@ def problem() -> str:
     """Why the statistics of the installed vLLM are not enough to tune by, or ""."""
     finished = [field.name for field in dataclasses.fields(FinishedRequestStats)]
     return missing_fields(SchedulerStats(), IterationStats(), finished)
+
+
+def times_steps() -> bool:
+    """Whether this vLLM can time its steps, and tells of each what it has computed.
+
+    Older ones have the option as well, but their engines only log the details.
+    """
+    details = getattr(vllm_stats, "SchedulerIterationDetails", None)
+    hands_out = "iteration_details" in _fields(SchedulerStats)
+    return hasattr(AsyncEngineArgs, OPTION) and hands_out and _fields(details) >= {*DETAILS_FIELDS}
+
+
+def _fields(dataclass: object) -> set[str]:
+    return set(getattr(dataclass, "__dataclass_fields__", ()))
 
 
 def start_engine(**arguments: Any) -> Any:
