@@ -134,9 +134,10 @@ class FrequencyTuner:
                     self._spec.application,
                     self._spec.deployment,
                     self._spec.replica,
-                    self._tuner.gpu.uuid,
+                    self._tuner.gpu,
                 )
                 for wake_s in self._tuner.run():
+                    self._metrics.show(self._tuner)
                     self._loop_cpu_s = time.thread_time()
                     self._sleep_until(wake_s)
         except GpuLostError as error:
@@ -276,7 +277,7 @@ class FrequencyTuner:
             policy = tuner.policy
             self._learned = self._key_of(tuner), policy.experience()
             self._policy_status, self._experience_due = policy.status(), False
-        self._metrics.export(record, state=tuner.state)
+        self._metrics.export(record)
 
     def _role(self) -> str:
         return "holdout" if self._tuner and self._tuner.holdout else "tuned"
@@ -306,6 +307,8 @@ class FrequencyTuner:
         serve = self._serve_metrics.window(self._clock.now_s())
         if serve is not None:
             figures["serve_request_rate_per_s"] = serve.request_rate_per_s
+            figures["serve_latency_s"] = serve.mean_latency_s
+            figures["serve_in_flight"] = serve.in_flight
             figures["serve_metrics_age_s"] = serve.age_s
         try:
             return figures | gpu_figures(await self._reading(tuner), tuner.gpu)
