@@ -64,6 +64,7 @@ class TunedServerMixin:
         problem, times_steps = look_at_vllm()
         self._tuner = _attach(llm_config, self.tuner_role, stats, problem)
         await self._tuner.probed()
+        await self._tuner.cleared()
         if times_steps:
             llm_config.update_engine_kwargs(enable_logging_iteration_details=True)
         with stats.registered():
