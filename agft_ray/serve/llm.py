@@ -8,6 +8,7 @@ In an existing config, two lines do it: `server_cls: agft_ray.serve.llm:TunedLLM
 
 import contextlib
 import importlib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from agft_ray.gpu.registry import GpuSpec, claim_simulated_gpu
 from agft_ray.serve.colocation import TunerLink, attach_tuner
 from agft_ray.serve.llm_config import (
     ENERGY_KEY,
+    NO_SERVER_CLS,
     EnergyConfig,
     LlmAppConfig,
     LlmDpAppConfig,
@@ -34,6 +36,8 @@ from agft_ray.serve.llm_config import (
 )
 from agft_ray.serve.vllm_stats import VllmStats, look_at_vllm
 from agft_ray.simulation.profiles import load_gpu_profile
+
+log = logging.getLogger(__name__)
 
 
 class TunedServerMixin:
@@ -152,7 +156,14 @@ def _bundles() -> tuple[int, ...] | None:
     if serve.get_replica_context().gang_context is None:
         return None
     # DPServer has chosen them, and told vLLM so, by the time it starts.
-    return tuple(int(index) for index in os.environ["VLLM_RAY_BUNDLE_INDICES"].split(","))
+    chosen = os.environ.get("VLLM_RAY_BUNDLE_INDICES")
+    if chosen is None:
+        log.warning(
+            "which bundles of its gang's placement group are this replica's is not known; to have "
+            "it tuned, name its GPUs in gpu.uuids"
+        )
+        return ()
+    return tuple(int(index) for index in chosen.split(","))
 
 
 # -- builders, for `import_path` -------------------------------------------------------------------
@@ -174,7 +185,8 @@ def build_openai_app(args: dict[str, Any]) -> serve.Application:
 def build_dp_openai_app(args: dict[str, Any]) -> serve.Application:
     """`ray.serve.llm:build_dp_openai_app` with tuned servers; `args` as `LlmDpAppConfig`."""
     config = parse(LlmDpAppConfig, args, source="args")
-    (llm_config,) = _llm_configs({"llm_config": config.llm_config}, config.energy)
+    given = {"llm_config": config.llm_config}
+    (llm_config,) = _llm_configs(given, config.energy, takes_server_cls=False)
     with _substituted("data_parallel", {"DPServer": TunedDPServer}):
         return ray_llm.build_dp_openai_app(_ray_args(config) | {"llm_config": llm_config})
 
@@ -182,10 +194,8 @@ def build_dp_openai_app(args: dict[str, Any]) -> serve.Application:
 def build_pd_openai_app(args: dict[str, Any]) -> serve.Application:
     """`ray.serve.llm:build_pd_openai_app` with tuned servers; `args` as `LlmPdAppConfig`."""
     config = parse(LlmPdAppConfig, args, source="args")
-    prefill, decode = _llm_configs(
-        {"prefill_config": config.prefill_config, "decode_config": config.decode_config},
-        config.energy,
-    )
+    given = {"prefill_config": config.prefill_config, "decode_config": config.decode_config}
+    prefill, decode = _llm_configs(given, config.energy, takes_server_cls=False)
     servers = {
         "PDPrefillServer": TunedPDPrefillServer,
         "PDDecodeServer": TunedPDDecodeServer,
@@ -204,13 +214,17 @@ def _ray_args(config: LlmAppConfig | LlmDpAppConfig | LlmPdAppConfig) -> dict[st
     return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
-def _llm_configs(given: Mapping[str, object], energy: EnergyConfig) -> list[LLMConfig]:
+def _llm_configs(
+    given: Mapping[str, object], energy: EnergyConfig, *, takes_server_cls: bool = True
+) -> list[LLMConfig]:
     """Ray's `LLMConfig`s, by their places in the arguments, with an energy block each."""
     problems: list[str] = []
     found: list[LLMConfig] = []
     for place, value in given.items():
         try:
             llm_config = read_llm_config(value)
+            if llm_config.server_cls is not None and not takes_server_cls:
+                problems.append(f"{place}.{NO_SERVER_CLS}")
             llm_config.experimental_configs.setdefault(ENERGY_KEY, energy.model_dump())
             check_llm_config(llm_config.experimental_configs, llm_config.deployment_config)
             found.append(llm_config)

@@ -450,10 +450,11 @@ def test_a_vllm_of_another_shape_is_a_reason_to_observe_and_no_error(plugin_with
     assert not times_steps
 
 
-def test_no_vllm_at_all_is_a_reason_as_well(monkeypatch):
-    monkeypatch.setitem(sys.modules, "agft_ray.serve.vllm_plugin", None)
+def test_no_vllm_at_all_is_a_reason_as_well(plugin_with, monkeypatch):
+    plugin_with()
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", None)
     problem, times_steps = look_at_vllm()
-    assert "vllm_plugin" in problem
+    assert "vllm.engine.arg_utils" in problem
     assert not times_steps
 
 
