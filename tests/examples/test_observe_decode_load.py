@@ -1,10 +1,12 @@
 """The GPU measurement on a FAKE NVML, with a load that only sleeps, or with PyTorch on the CPU."""
 
-import importlib.util
+import ast
 import os
 import re
+import secrets
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,18 @@ def test_nothing_can_be_set_through_it(fake):
     assert fake.log() == []
 
 
+@pytest.mark.ray
+def test_a_ray_task_is_given_a_gpu_that_can_be_named(fake):
+    code = FAKE_LOAD.partition("class FakeLoad")[0] + "print(example.names_under_ray('cpu'))"
+    with tempfile.TemporaryDirectory(prefix="agft-") as ray_dir:
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        done = run(fake, ["-c", code], RAY_TMPDIR=ray_dir, RAY_USAGE_STATS_ENABLED="0", **token)
+    assert done.returncode == 0, done.stderr
+    visible, _, ours = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    assert visible in ("0", "1")
+    assert ours == (fake.gpu(int(visible)).uuid,)
+
+
 @pytest.mark.vllm
 def test_pytorchs_load_runs(fake):
     """On the CPU, with a small layer; it comes with vLLM."""
@@ -150,8 +164,8 @@ def test_pytorchs_load_runs(fake):
     assert all(number(cells[0]) > 0 for cells in rows(done.stdout).values())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
 def test_without_pytorch_it_says_what_is_missing(fake):
-    done = run(fake, [EXAMPLE])
+    code = FAKE_LOAD.partition("from agft_ray")[0] + "sys.modules['torch'] = None\n"
+    done = run(fake, ["-c", code + "sys.exit(example.main([]))"])
     assert done.returncode == 2
     assert "needs PyTorch" in done.stderr

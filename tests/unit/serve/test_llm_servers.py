@@ -43,6 +43,35 @@ def test_a_replica_of_a_gang_that_does_not_know_its_bundles_takes_nobodys(llm, m
     assert "gpu.uuids" in caplog.text
 
 
+def test_the_tuner_has_reset_the_clocks_before_the_engine_starts(llm, monkeypatch):
+    steps = []
+
+    class Link:
+        async def probed(self):
+            steps.append("probed")
+
+        async def cleared(self):
+            steps.append("cleared")
+
+        async def close(self):
+            """Nothing to do."""
+
+    class Server:
+        async def llm_config(self):
+            return SimpleNamespace(engine_kwargs={}, update_engine_kwargs=lambda **_: None)
+
+        async def start(self):
+            steps.append("engine")
+
+    class Tuned(llm.TunedServerMixin, Server):
+        def __del__(self):
+            """For Python, which would not wait for the mixin's."""
+
+    monkeypatch.setattr(llm, "_attach", lambda *_: Link())
+    asyncio.run(Tuned().start())
+    assert steps == ["probed", "cleared", "engine"]
+
+
 class FailingLink:
     async def close(self):
         raise RuntimeError("the tuner's fault")
