@@ -144,7 +144,8 @@ def decode_table(gpu: Gpu, load: Load, arguments: argparse.Namespace) -> Iterato
         with Engine(load.decode(batch), batch) as engine:
             windows = observed(gpu, engine, window_s=arguments.window_s, windows=arguments.windows)
         tokens = sum(window.generation_tokens for window in windows)
-        steps = sum(window.iterations for window in windows)
+        steps = sum(window.decode_steps.steps for window in windows)
+        step_s = sum(window.decode_steps.time_s for window in windows) / steps
         time_s = sum(window.duration_s for window in windows)
         energy_j = sum(window.energy_j for window in windows)
         clock_mhz = statistics.fmean(window.sm_clock_mhz for window in windows)
@@ -152,7 +153,7 @@ def decode_table(gpu: Gpu, load: Load, arguments: argparse.Namespace) -> Iterato
         for window in windows:
             reasons |= window.event_reasons
         yield (
-            f"| {batch} | {tokens / time_s:,.1f} | {1e3 * time_s / steps:.2f} ms | "
+            f"| {batch} | {tokens / time_s:,.1f} | {1e3 * step_s:.2f} ms | "
             f"{energy_j / time_s:.1f} W | {clock_mhz:,.0f} MHz | {energy_j / tokens:.4f} J | "
             f"{reasons.name if reasons else 'nothing'} |"
         )

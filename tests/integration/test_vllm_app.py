@@ -29,7 +29,7 @@ from vllm_app import (
     shipped,
     stream,
     tokens,
-    under_load,
+    until_rays_metrics,
 )
 
 from agft_ray.serve.local_cluster import serve_run
@@ -174,13 +174,7 @@ def by_replica(series, value):
 
 def test_rays_metrics_of_each_replica_reach_its_tuner(serving, sent):
     _, app, statuses = serving
-    figures = ("serve_request_rate_per_s", "serve_latency_s", "serve_in_flight")
-    with under_load(app):
-        statuses.until(
-            lambda found: len(found) == GPUS and all(r.get(f) for r in found for f in figures),
-            60,
-            "request rate, latency and requests in flight of Ray Serve's metrics",
-        )
+    until_rays_metrics(app, statuses, replicas=GPUS)
     sent.clear()  # nobody has counted these
 
 

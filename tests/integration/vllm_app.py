@@ -126,6 +126,17 @@ def under_load(app, clients=8):
     assert failures == []
 
 
+def until_rays_metrics(app, statuses, replicas):
+    """Wait until each replica's tuner has seen it at work in Ray Serve's own metrics."""
+    figures = ("serve_request_rate_per_s", "serve_latency_s", "serve_in_flight")
+    with under_load(app):
+        statuses.until(
+            lambda found: len(found) == replicas and all(r.get(f) for r in found for f in figures),
+            60,
+            "request rate, latency and requests in flight of Ray Serve's metrics",
+        )
+
+
 async def load(app, requests):
     """So many streamed requests at once; their prompt and completion tokens, by usage."""
     async with client(app) as api:
