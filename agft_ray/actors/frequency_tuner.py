@@ -173,9 +173,9 @@ class FrequencyTuner:
             self._policy_status, self._experience_due = policy.status(), False
         if self._metrics is None:
             spec = self._spec
-            labels = spec.application, spec.deployment, spec.replica, tuner.gpu.uuid
-            self._metrics = TunerMetrics(*labels)
-        self._metrics.export(record, state=tuner.state)
+            labels = spec.application, spec.deployment, spec.replica
+            self._metrics = TunerMetrics(*labels, tuner.gpu)
+        self._metrics.export(record)
 
     def _role(self) -> str:
         tuner = self._loop.tuner
@@ -203,10 +203,14 @@ class FrequencyTuner:
         return status | self._figures
 
     async def _figures_of(self, tuner: Tuner) -> dict[str, Any]:
+        if self._metrics is not None:
+            self._metrics.show(tuner)
         figures = tuner_figures(tuner, self._last) | {"policy_status": self._policy_status}
         serve = self._serve_metrics.window(self._clock.now_s())
         if serve is not None:
             figures["serve_request_rate_per_s"] = serve.request_rate_per_s
+            figures["serve_latency_s"] = serve.mean_latency_s
+            figures["serve_in_flight"] = serve.in_flight
             figures["serve_metrics_age_s"] = serve.age_s
         try:
             return figures | gpu_figures(await self._reading(tuner), tuner.gpu)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge
 
-from agft_ray.tuner import WindowRecord
+from agft_ray.gpu.base import Gpu
+from agft_ray.tuner import Tuner, WindowRecord
+from agft_ray.types import Actuator
 
 TAGS = ("application", "deployment", "replica", "gpu_uuid")
+_LOCKED = {
+    Actuator.SM_CLOCK: ("agft_locked_sm_clock_mhz", "SM clock that is locked; 0: default clocks"),
+    Actuator.POWER_LIMIT: ("agft_power_limit_w", "Power limit that is set; 0: the one found"),
+}
 
 
 class TunerMetrics:
-    """Gauges and counters of one tuner, exported by Ray as `ray_agft_*`."""
+    """Gauges and counters of one tuner, exported by Ray as `ray_agft_*`.
 
-    def __init__(self, application: str, deployment: str, replica: str, gpu_uuid: str) -> None:
-        tags = dict(zip(TAGS, (application, deployment, replica, gpu_uuid), strict=True))
+    Of several GPUs that are tuned as one, what is locked has a series for each, whose `gpu_uuid`
+    is that of Ray's own GPU metrics; all else is the group's, under all UUIDs joined by commas.
+    """
+
+    def __init__(self, application: str, deployment: str, replica: str, gpu: Gpu) -> None:
+        tags = dict(zip(TAGS, (application, deployment, replica, gpu.uuid), strict=True))
 
         def gauge(name: str, description: str) -> Gauge:
             metric = Gauge(name, description=description, tag_keys=TAGS)
@@ -25,6 +35,10 @@ class TunerMetrics:
             metric.set_default_tags(tags)
             return metric
 
+        self._gpus = [{"gpu_uuid": uuid} for uuid in gpu.uuid.split(",")]
+        self._locked = gauge(*_LOCKED[gpu.actuator])
+        self._clock_changes = counter("agft_clock_changes", "Changes of what is locked")
+        self._changes_shown = 0
         self._sm_clock = gauge("agft_sm_clock_mhz", "Mean effective SM clock of the window")
         self._power = gauge("agft_power_w", "Mean power of the window")
         self._tpot = gauge("agft_tpot_s", "Mean time per output token of the window")
@@ -33,10 +47,18 @@ class TunerMetrics:
         self._energy = counter("agft_energy_j", "Energy of all windows")
         self._windows = counter("agft_windows", "Windows observed")
 
-    def export(self, record: WindowRecord, *, state: str) -> None:
+    def show(self, tuner: Tuner) -> None:
+        """Publish what is in force, every second or so, also while there are no windows."""
+        self._tuning.set(float(tuner.state == "tuning"))
+        for gpu in self._gpus:
+            self._locked.set(tuner.control.locked or 0, tags=gpu)
+        if tuner.clock_changes > self._changes_shown:
+            self._clock_changes.inc(tuner.clock_changes - self._changes_shown)
+            self._changes_shown = tuner.clock_changes
+
+    def export(self, record: WindowRecord) -> None:
         """Publish a window; what is unknown keeps its last value."""
         self._windows.inc()
-        self._tuning.set(float(state == "tuning"))
         window = record.window
         if window is None:
             return

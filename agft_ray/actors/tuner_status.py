@@ -6,7 +6,7 @@ from typing import Any
 
 from agft_ray.gpu.base import Gpu
 from agft_ray.tuner import Tuner, WindowRecord
-from agft_ray.types import Actuator, EngineSample, GpuSample
+from agft_ray.types import Actuator, EngineSample, GpuSample, Window
 
 _LOCKED = {
     Actuator.SM_CLOCK: "locked_sm_clock_mhz",
@@ -25,9 +25,25 @@ def tuner_figures(tuner: Tuner, last: WindowRecord | None) -> dict[str, Any]:
         "gpu_model": tuner.gpu.model,
         "actuator": tuner.gpu.actuator.value,
         "clock_changes": tuner.clock_changes,
+        "reset_due": tuner.control.reset_due,
         "last_reward": last.reward if last else None,
         "last_decision": last.decision.reason if last else None,
         "last_note": last.note if last else "",
+        "last_window": window_figures(last.window) if last and last.window else None,
+    }
+
+
+def window_figures(window: Window) -> dict[str, Any]:
+    """What a window saw, between two moments on the tuner's clock."""
+    return {
+        "start_s": window.start_s,
+        "end_s": window.end_s,
+        "prompt_tokens": window.prompt_tokens,
+        "generation_tokens": window.generation_tokens,
+        "first_tokens": window.ttft_count,
+        "requests": window.e2e_count,
+        "energy_j": window.energy_j,
+        "request_rate_per_s": window.request_rate_per_s,
     }
 
 

@@ -7,19 +7,18 @@ import contextlib
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
+from agft_ray.serve.bench_tools import WINDOW_WALL_S, CpuUsage, cpu_seconds, median_interval, say
 from agft_ray.serve.local_cluster import RunningServe, serve_run
 from agft_ray.serve.validation import DEPLOYMENT, simulated_app
 
@@ -27,11 +26,8 @@ CLIENTS = 96
 PROMPT_WORDS, OUTPUT_TOKENS = 20, 8
 SPEED = 10
 """The engine is fast enough not to be the limit."""
-WINDOW_WALL_S = 0.8
-"""AGFT's period: as often as a tuner may be expected to work."""
 SETTLE_WALL_S = 1.5
 """After a change of mode, before a block is measured: tuners take settings within a push."""
-BOOTSTRAP_SAMPLES = 10_000
 CONFIG: dict[str, Any] = {
     "proxy_location": "HeadOnly",
     "http_options": {"host": "127.0.0.1", "port": 8017},
@@ -126,12 +122,6 @@ def _idle_actor(running: RunningServe) -> Iterator[None]:
         driver.communicate()
 
 
-def say(message: str) -> None:
-    """Show what is being waited for, on a terminal."""
-    if sys.stdout.isatty():
-        print(f"\r\033[K{message}", end="", flush=True)
-
-
 async def _measure(running: RunningServe, blocks: int, block_s: float, seed: int) -> list[float]:
     print(f"\n{CLIENTS} closed-loop clients, {blocks} pairs of blocks of {block_s:g} s")
     load = _Load(running.url)
@@ -184,49 +174,3 @@ def _set_mode(running: RunningServe, mode: str) -> None:
         if time.monotonic() > deadline_s:
             raise TimeoutError(f"the replicas did not take mode {mode} within 30 s")
         time.sleep(0.2)
-
-
-@dataclass(slots=True)
-class CpuUsage:
-    """CPU time by kind of process."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    elapsed_s: float = 0.0
-
-    def add(self, before: dict[int, tuple[str, float]], after: Any, elapsed_s: float) -> None:
-        self.elapsed_s += elapsed_s
-        for pid, (name, seconds) in after.items():
-            used = seconds - before.get(pid, (name, seconds))[1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + used
-
-    def __str__(self) -> str:
-        shares = sorted(self.seconds.items(), key=lambda item: -item[1])
-        return ", ".join(f"{name} {s / self.elapsed_s:.1%}" for name, s in shares if s > 0)
-
-
-def cpu_seconds() -> dict[int, tuple[str, float]]:
-    """CPU seconds of every Ray worker process of this user, by process id."""
-    return dict(_ray_processes())
-
-
-def _ray_processes() -> Iterator[tuple[int, tuple[str, float]]]:
-    ticks = os.sysconf("SC_CLK_TCK")
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            title = (entry / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if title.startswith("ray::"):
-            name = title.removeprefix("ray::").split(".")[0].split(":")[0]
-            yield int(entry.name), (name, (int(fields[11]) + int(fields[12])) / ticks)
-
-
-def median_interval(values: Sequence[float], *, seed: int) -> tuple[float, float, float]:
-    """The median and the bounds of its 95 % bootstrap percentile interval."""
-    rng = np.random.default_rng(seed)
-    samples = rng.choice(values, (BOOTSTRAP_SAMPLES, len(values)))
-    low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
-    return statistics.median(values), float(low), float(high)

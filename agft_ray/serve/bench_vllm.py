@@ -20,7 +20,7 @@ import yaml
 
 from agft_ray.errors import AgftError
 from agft_ray.evaluation.bench import versions
-from agft_ray.serve.bench import WINDOW_WALL_S, CpuUsage, cpu_seconds, median_interval, say
+from agft_ray.serve.bench_tools import WINDOW_WALL_S, CpuUsage, cpu_seconds, median_interval, say
 from agft_ray.serve.bench_vllm_engine import BENCH, CLIENTS, SIDES, Block
 from agft_ray.serve.local_cluster import free_port, serve_run
 
@@ -28,7 +28,16 @@ WARM_UP_S = 1.5
 """Load on a block's engine before it is measured: an idle tuner has taken up its work by then."""
 SETTLE_S = 4.0
 """After a tuner has come or gone: Ray starts and ends processes then."""
+TUNED = tuple(side for side in SIDES if side != "without")
+COMPARED = (("with", "without"), ("untimed", "without"), ("with", "untimed"))
+"""A side against another. Targets are about the first: an engine as it is tuned, and untuned. The
+last is what timing its steps costs."""
 MIN_TOKENS_RATIO, MAX_TTFT_RATIO = 0.99, 1.01
+FIGURES: tuple[tuple[str, Callable[[Block], float], Callable[[float], bool]], ...] = (
+    ("tokens/s", lambda block: block.tokens_per_s, lambda median: median >= MIN_TOKENS_RATIO),
+    ("p99 TTFT", lambda block: block.ttft_s(0.99), lambda median: median <= MAX_TTFT_RATIO),
+)
+"""What is compared, and which median is good enough."""
 ANSWER_TIMEOUT_S = 60.0
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -39,54 +48,53 @@ ENVIRONMENT = {
 }
 
 
-def bench_vllm(
-    model: Path, *, blocks: int = 20, block_s: float = 5.0, seed: int = 0, details: bool = True
-) -> int:
-    """vLLM with a tuner against vLLM without, two engines loaded in alternating blocks.
+def bench_vllm(model: Path, *, blocks: int = 20, block_s: float = 5.0, seed: int = 0) -> int:
+    """vLLM with a tuner against vLLM without, three engines loaded in alternating blocks.
 
-    Each engine is in a replica of its own on a Ray cluster of the bench's own, and gets its load
-    from within the replica, so that nothing but engine and tuner is measured; the other idles. The
-    requests of a pair's blocks are the same. Prints every pair, then the medians of the pairs'
-    ratios with their intervals, and whether they are within the targets: tokens/s not below 0.99,
-    p99 TTFT not above 1.01, or 1 within the interval.
+    The third has a tuner, and does not time its steps: what that costs is told apart. Each engine
+    is in a replica of its own on a Ray cluster of the bench's own, and gets its load from within
+    the replica, so that nothing but engine and tuner is measured; the others idle meanwhile. The
+    requests of a round's blocks are the same. Prints every block, then the medians of the rounds'
+    ratios with their intervals, and whether that of tuned to untuned is within the targets:
+    tokens/s not below 0.99, p99 TTFT not above 1.01, or 1 within the interval.
 
     Args:
         model: directory of a small model.
-        blocks: pairs of blocks.
+        blocks: blocks of each side, one a round.
         block_s: wall seconds of a block that are measured.
-        seed: of the order within pairs, the requests and the bootstrap.
-        details: have the tuned engine time its steps (`enable_logging_iteration_details`), as it
-            should; without, what that costs can be told.
+        seed: of the order within rounds, the requests and the bootstrap.
 
-    Raises `AgftError` for bad arguments, an engine that does not start and a tuner not at work.
+    Returns 1 if a target is missed, else 0. Raises `AgftError` for bad arguments, an engine that
+    does not start and a tuner not at work.
     """
     _check(blocks, block_s)
     print(
         f"{versions()}, Ray {ray.__version__}, vLLM {importlib.metadata.version('vllm')}, "
         f"{os.cpu_count()} CPUs, seed {seed}\n"
-        f"{CLIENTS} closed-loop clients, {blocks} pairs of blocks of {block_s:g} s, window "
-        f"{WINDOW_WALL_S:g} s, iteration details {'on' if details else 'off'}",
+        f"{CLIENTS} closed-loop clients, {blocks} rounds of a block of {block_s:g} s each side, "
+        f"window {WINDOW_WALL_S:g} s",
+        *(f"side {side}: {what}" for side, what in SIDES.items()),
+        sep="\n",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="agft-bench-") as directory:
         path = Path(directory) / "bench.yaml"
-        path.write_text(yaml.safe_dump(_config(model, details)))
+        path.write_text(yaml.safe_dump(_config(model)))
         log_path = Path(directory) / "serve.log"
         with serve_run(path, None, log_path, environment=ENVIRONMENT, on_wait=say) as running:
             bench = _Bench(running.url, block_s)
             bench.run(blocks, seed)
-    bench.print_summary(seed)
-    return 0
+    return bench.print_summary(seed)
 
 
 def _check(blocks: int, block_s: float) -> None:
     if blocks < 1:
-        raise AgftError(f"--blocks: {blocks} is not a positive number of pairs of blocks")
+        raise AgftError(f"--blocks: {blocks} is not a positive number of blocks")
     if not block_s > 0:
         raise AgftError(f"--block-s: {block_s:g} is not a positive number of seconds")
 
 
-def _config(model: Path, details: bool) -> dict[str, Any]:
+def _config(model: Path) -> dict[str, Any]:
     """For `serve run`: one application a side."""
     return {
         "proxy_location": "HeadOnly",
@@ -96,7 +104,7 @@ def _config(model: Path, details: bool) -> dict[str, Any]:
                 "name": f"{BENCH}-{side}",
                 "route_prefix": f"/{side}",
                 "import_path": "agft_ray.serve.bench_vllm_engine:build_replica",
-                "args": {"model": str(model.resolve()), "side": side, "details": details},
+                "args": {"model": str(model.resolve()), "side": side},
             }
             for side in SIDES
         ],
@@ -105,38 +113,39 @@ def _config(model: Path, details: bool) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _Bench:
-    """The driver's side: asks for blocks, keeps them in pairs."""
+    """The driver's side: asks for blocks, keeps them in rounds."""
 
     url: str
     block_s: float
-    pairs: list[dict[str, Block]] = field(default_factory=list)
+    rounds: list[dict[str, Block]] = field(default_factory=list)
     usage: dict[str, CpuUsage] = field(default_factory=lambda: {side: CpuUsage() for side in SIDES})
     windows: int = 0
     clock_changes: int = 0
 
-    def run(self, pairs: int, seed: int) -> None:
+    def run(self, rounds: int, seed: int) -> None:
         order = random.Random(seed)
         for side in SIDES:
-            say(f"warming up the engine {side} tuner")
+            say(f"warming up the engine of side {side}")
             self._measure(side, order.getrandbits(32))
         say("")
-        for number in range(1, pairs + 1):
+        for number in range(1, rounds + 1):
             request_seed = order.getrandbits(32)
-            pair = {side: self._block(side, request_seed) for side in order.sample(SIDES, 2)}
-            self.pairs.append(pair)
+            turns = order.sample(list(SIDES), len(SIDES))
+            blocks = {side: self._block(side, request_seed) for side in turns}
+            self.rounds.append(blocks)
             for side in SIDES:
-                print(f"pair {number:>3}, {side:>7} tuner: {pair[side]}", flush=True)
+                print(f"round {number:>3}, {side:>7}: {blocks[side]}", flush=True)
 
     def _block(self, side: str, seed: int) -> Block:
         """Tuners are there in their own blocks only: they would take CPU time of the others'."""
         status = self._ask(side, do="begin")["tuner"]
-        if side == "with":
+        if side in TUNED:
             refuse_idle_tuner(status)
         time.sleep(SETTLE_S)
         before, start_s = cpu_seconds(), time.monotonic()
         answer = self._measure(side, seed)
         self.usage[side].add(before, cpu_seconds(), time.monotonic() - start_s)
-        if side == "with":
+        if side in TUNED:
             self.windows += answer["tuner"]["windows"]
             self.clock_changes += answer["tuner"]["clock_changes"]
         self._ask(side, do="end")
@@ -152,15 +161,17 @@ class _Bench:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 answer: dict[str, Any] = json.load(response)
         except OSError as error:
-            raise AgftError(f"the engine {side} tuner has not answered: {error}") from None
+            raise AgftError(f"the engine of side {side} has not answered: {error}") from None
         return answer
 
-    def print_summary(self, seed: int) -> None:
+    def print_summary(self, seed: int) -> int:
+        """Returns the exit status."""
         for side in SIDES:
-            print(f"CPU by Ray process, blocks {side} tuner: {self.usage[side]}")
+            print(f"CPU by Ray process, blocks {side}: {self.usage[side]}")
         print(f"the tuners had {self.windows} windows and made {self.clock_changes} clock changes")
-        for line in summary(self.pairs, seed):
-            print(line)
+        lines, is_missed = summary(self.rounds, seed)
+        print(*lines, sep="\n")
+        return int(is_missed)
 
 
 def refuse_idle_tuner(status: Mapping[str, Any] | None) -> None:
@@ -171,35 +182,31 @@ def refuse_idle_tuner(status: Mapping[str, Any] | None) -> None:
         )
 
 
-def summary(pairs: Sequence[Mapping[str, Block]], seed: int) -> list[str]:
-    """The lines that sum pairs of blocks up, each pair with the keys `SIDES`."""
+def summary(rounds: Sequence[Mapping[str, Block]], seed: int) -> tuple[list[str], bool]:
+    """The lines that sum rounds of blocks up, each with the keys of `SIDES`; and whether a target
+    is missed."""
     lines = []
     for side in SIDES:
-        blocks = [pair[side] for pair in pairs]
+        blocks = [each[side] for each in rounds]
         tokens_per_s = statistics.median(block.tokens_per_s for block in blocks)
         p50_s, p99_s = (statistics.median(b.ttft_s(p) for b in blocks) for p in (0.5, 0.99))
         lines.append(
-            f"median of the blocks {side} tuner: {tokens_per_s:.1f} tokens/s, "
+            f"median of the blocks {side}: {tokens_per_s:.1f} tokens/s, "
             f"TTFT p50 {p50_s * 1e3:.1f} ms, p99 {p99_s * 1e3:.1f} ms"
         )
-    tokens = [pair["with"].tokens_per_s / pair["without"].tokens_per_s for pair in pairs]
-    ttft = [pair["with"].ttft_s(0.99) / pair["without"].ttft_s(0.99) for pair in pairs]
-    lines.append(_verdict("tokens/s", tokens, seed, lambda median: median >= MIN_TOKENS_RATIO))
-    lines.append(_verdict("p99 TTFT", ttft, seed, lambda median: median <= MAX_TTFT_RATIO))
-    return lines
-
-
-def _verdict(
-    what: str, ratios: Sequence[float], seed: int, is_fine: Callable[[float], bool]
-) -> str:
-    median, low, high = median_interval(ratios, seed=seed)
-    if is_fine(median):
-        verdict = "the target holds"
-    elif low <= 1 <= high:
-        verdict = "the target holds, 1 is within the interval"
-    else:
-        verdict = "the target is missed"
-    return (
-        f"{what} with / without: median {median:.4f}, 95 % interval {low:.4f} to {high:.4f} "
-        f"({len(ratios)} pairs); {verdict}"
-    )
+    is_missed = False
+    for side, base in COMPARED:
+        for what, figure, is_fine in FIGURES:
+            ratios = [figure(each[side]) / figure(each[base]) for each in rounds]
+            median, low, high = median_interval(ratios, seed=seed)
+            line = (
+                f"{what} {side} / {base}: median {median:.4f}, 95 % interval {low:.4f} to "
+                f"{high:.4f} ({len(ratios)} pairs)"
+            )
+            if (side, base) == COMPARED[0]:
+                holds = is_fine(median) or low <= 1 <= high
+                is_missed |= not holds
+                line += f"; the target {'holds' if holds else 'is missed'}"
+                line += "" if is_fine(median) or not holds else ", 1 is within the interval"
+            lines.append(line)
+    return lines, is_missed

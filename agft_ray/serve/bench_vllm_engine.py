@@ -4,6 +4,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import random
 import time
@@ -18,12 +19,16 @@ from agft_ray.actors.experience_aggregator import get_aggregator
 from agft_ray.errors import AgftError
 from agft_ray.gpu.gpu_config import SimulatedGpuConfig
 from agft_ray.gpu.registry import claim_simulated_gpu
-from agft_ray.serve.bench import WINDOW_WALL_S
+from agft_ray.serve.bench_tools import WINDOW_WALL_S
 from agft_ray.serve.colocation import TunerLink, attach_tuner
 from agft_ray.serve.vllm_stats import VllmStats
 
-SIDES = ("with", "without")
-"""Of a pair of blocks: with a tuner, without."""
+SIDES = {
+    "without": "no tuner, no plugin",
+    "untimed": "tuner, vLLM does not time its steps",
+    "with": "tuner, vLLM times its steps",
+}
+"""Whose blocks alternate; the last is how a tuned engine is run."""
 BENCH = "bench-vllm"
 GPU_LOAD = "llama-3.1-8b"
 """A model of the GPU's profile, which must name one; nothing loads the GPU."""
@@ -129,22 +134,21 @@ async def measure(generate: Generate, *, seed: int, warm_up_s: float, block_s: f
 
 
 class VllmReplica:
-    """An `AsyncLLM` with vLLM's default statistics; on side 'with' it reports to tuners, too."""
+    """An `AsyncLLM` with vLLM's default statistics; on tuned sides it reports to tuners, too."""
 
-    async def __init__(self, model: str, side: str, details: bool) -> None:  # type: ignore[misc]
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+    async def __init__(self, model: str, side: str) -> None:  # type: ignore[misc]
+        from agft_ray.serve import vllm_plugin
 
-        self._is_tuned = side == "with"
+        self._is_tuned = side != "without"
         self._stats = VllmStats()
         self._tuner: TunerLink | None = None
         self._tuners = 0
         self._gpu = claim_simulated_gpu(SimulatedGpuConfig(), application=BENCH, model=GPU_LOAD)
-        arguments = AsyncEngineArgs(
-            model=model, enable_logging_iteration_details=self._is_tuned and details, **ENGINE
-        )
         with self._stats.registered() if self._is_tuned else contextlib.nullcontext():
-            self._engine = AsyncLLM.from_engine_args(arguments)
+            self._engine = vllm_plugin.start_engine(
+                model=model, enable_logging_iteration_details=side == "with", **ENGINE
+            )
+        self._generate = functools.partial(vllm_plugin.token_counts, self._engine)
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         """Do what is asked for: 'begin' and 'end' being tuned, 'measure' a block of load between;
@@ -196,22 +200,6 @@ class VllmReplica:
             if status.get("number") == self._tuners:
                 return {name: status.get(name) for name in STATUS_FIELDS}
         return None
-
-    async def _generate(
-        self, prompt: list[int], max_tokens: int, request_id: str
-    ) -> AsyncIterator[int]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        inputs = {"prompt_token_ids": prompt}
-        async for output in self._engine.generate(inputs, sampling, request_id):
-            yield len(output.outputs[0].token_ids)
 
 
 def build_replica(args: dict[str, Any]) -> serve.Application:

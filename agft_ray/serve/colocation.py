@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -34,6 +34,8 @@ from agft_ray.types import EngineSample
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 2.0
+CLEAR_TIMEOUT_S = 10.0
+CLEAR_POLL_S = 0.1
 NO_GPU = "the replica has no GPU; give it one with num_gpus, or name some in gpu.uuids"
 PUSH_RETRY_S = 0.2
 """Pause after a push that failed: a tuner that Ray has restarted waits for its settings, and what
@@ -96,6 +98,22 @@ class TunerLink:
         """
         await self._probed.wait()
 
+    async def cleared(self, timeout_s: float = CLEAR_TIMEOUT_S) -> None:
+        """Wait until the tuner has reset the clocks, so that an engine loads at default clocks.
+
+        Returns at once where it is not to set those of real GPUs, soon where it finds that it
+        cannot (its status then says why), and in any case after `timeout_s`. Never raises.
+        """
+        sets_clocks = self._config.mode == "control" and not self._observe_only
+        if self._tuner is None or isinstance(self._gpu, GpuSpec) or not sets_clocks:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                while _is_reset_due(await self._tuner.status.remote()):
+                    await asyncio.sleep(CLEAR_POLL_S)
+        except Exception as error:
+            log.warning("replica %s does not wait for its tuner: %r", self.replica, error)
+
     def check_health(self) -> None:
         """Raise `GpuLostError` if a GPU that the tuner had opened is lost, and the engine with it.
 
@@ -133,10 +151,12 @@ class TunerLink:
     async def close(self) -> None:
         """Have the clocks reset, waiting for it a little."""
         self._task.cancel()
-        if self._tuner is None:
+        # Not kept: Ray ends the actor once nobody has a handle.
+        tuner, self._tuner = self._tuner, None
+        if tuner is None:
             return
         try:
-            await asyncio.wait_for(self._tuner.release.remote(), CLOSE_TIMEOUT_S)
+            await asyncio.wait_for(tuner.release.remote(), CLOSE_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
             log.warning("the tuner of replica %s did not confirm: %s", self.replica, error)
 
@@ -267,8 +287,9 @@ def attach_tuner(
 
     Returns at once; the tuner starts in the background. Keep the link for as long as the replica
     lives, call `link.reconfigure(user_config)` from the deployment's `reconfigure`,
-    `link.check_health()` from its `check_health` and `await link.close()` from its `__del__`; where
-    the replica's GPUs are in a placement group, `await link.probed()` before the engine starts.
+    `link.check_health()` from its `check_health` and `await link.close()` from its `__del__`.
+    Before the engine starts `await link.probed()`, where the replica's GPUs are in a placement
+    group, and `await link.cleared()`, so that it does not load at clocks that a dead process left.
 
     Raises `ConfigError` for invalid settings, and for `mode: control` on a share of a GPU.
     """
@@ -305,6 +326,11 @@ def _user_config(context: ReplicaContext) -> TunerConfig | None:
         return parse(TunerConfig, user_config, source="user_config")
     except ConfigError:
         return None
+
+
+def _is_reset_due(status: Mapping[str, Any]) -> bool:
+    """Whether the tuner has yet to reset the clocks, and has not said that it cannot."""
+    return bool(status.get("reset_due", True) and not status["reason"])
 
 
 def _within(config: TunerConfig, observe_only: str) -> TunerConfig:

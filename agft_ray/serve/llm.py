@@ -8,6 +8,7 @@ In an existing config, two lines do it: `server_cls: agft_ray.serve.llm:TunedLLM
 
 import contextlib
 import importlib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,14 +27,17 @@ from agft_ray.gpu.registry import GpuSpec, claim_simulated_gpu
 from agft_ray.serve.colocation import TunerLink, attach_tuner
 from agft_ray.serve.llm_config import (
     ENERGY_KEY,
+    NO_SERVER_CLS,
     EnergyConfig,
     LlmAppConfig,
     LlmDpAppConfig,
     LlmPdAppConfig,
     check_llm_config,
 )
-from agft_ray.serve.vllm_stats import VllmStats
+from agft_ray.serve.vllm_stats import VllmStats, look_at_vllm
 from agft_ray.simulation.profiles import load_gpu_profile
+
+log = logging.getLogger(__name__)
 
 
 class TunedServerMixin:
@@ -58,14 +62,14 @@ class TunedServerMixin:
 
     async def start(self) -> None:
         """Start the tuner, then the engine."""
-        from agft_ray.serve import vllm_plugin
-
         llm_config: LLMConfig = await self.llm_config()  # type: ignore[attr-defined]
         wants_log = llm_config.engine_kwargs.get("enable_logging_iteration_details", False)
         stats = VllmStats(quiet=not wants_log)
-        self._tuner = _attach(llm_config, self.tuner_role, stats, vllm_plugin.problem())
+        problem, times_steps = look_at_vllm()
+        self._tuner = _attach(llm_config, self.tuner_role, stats, problem)
         await self._tuner.probed()
-        if vllm_plugin.HAS_ITERATION_DETAILS:
+        await self._tuner.cleared()
+        if times_steps:
             llm_config.update_engine_kwargs(enable_logging_iteration_details=True)
         with stats.registered():
             await super().start()  # type: ignore[misc]
@@ -82,9 +86,11 @@ class TunedServerMixin:
             self._tuner.reconfigure(user_config)
 
     async def __del__(self) -> None:
-        if self._tuner is not None:
-            await self._tuner.close()
-        await super().__del__()  # type: ignore[misc]
+        try:
+            if self._tuner is not None:
+                await self._tuner.close()
+        finally:
+            await super().__del__()  # type: ignore[misc]
 
 
 class TunedLLMServer(TunedServerMixin, LLMServer):  # type: ignore[misc]
@@ -150,7 +156,14 @@ def _bundles() -> tuple[int, ...] | None:
     if serve.get_replica_context().gang_context is None:
         return None
     # DPServer has chosen them, and told vLLM so, by the time it starts.
-    return tuple(int(index) for index in os.environ["VLLM_RAY_BUNDLE_INDICES"].split(","))
+    chosen = os.environ.get("VLLM_RAY_BUNDLE_INDICES")
+    if chosen is None:
+        log.warning(
+            "which bundles of its gang's placement group are this replica's is not known; to have "
+            "it tuned, name its GPUs in gpu.uuids"
+        )
+        return ()
+    return tuple(int(index) for index in chosen.split(","))
 
 
 # -- builders, for `import_path` -------------------------------------------------------------------
@@ -172,7 +185,8 @@ def build_openai_app(args: dict[str, Any]) -> serve.Application:
 def build_dp_openai_app(args: dict[str, Any]) -> serve.Application:
     """`ray.serve.llm:build_dp_openai_app` with tuned servers; `args` as `LlmDpAppConfig`."""
     config = parse(LlmDpAppConfig, args, source="args")
-    (llm_config,) = _llm_configs({"llm_config": config.llm_config}, config.energy)
+    given = {"llm_config": config.llm_config}
+    (llm_config,) = _llm_configs(given, config.energy, takes_server_cls=False)
     with _substituted("data_parallel", {"DPServer": TunedDPServer}):
         return ray_llm.build_dp_openai_app(_ray_args(config) | {"llm_config": llm_config})
 
@@ -180,10 +194,8 @@ def build_dp_openai_app(args: dict[str, Any]) -> serve.Application:
 def build_pd_openai_app(args: dict[str, Any]) -> serve.Application:
     """`ray.serve.llm:build_pd_openai_app` with tuned servers; `args` as `LlmPdAppConfig`."""
     config = parse(LlmPdAppConfig, args, source="args")
-    prefill, decode = _llm_configs(
-        {"prefill_config": config.prefill_config, "decode_config": config.decode_config},
-        config.energy,
-    )
+    given = {"prefill_config": config.prefill_config, "decode_config": config.decode_config}
+    prefill, decode = _llm_configs(given, config.energy, takes_server_cls=False)
     servers = {
         "PDPrefillServer": TunedPDPrefillServer,
         "PDDecodeServer": TunedPDDecodeServer,
@@ -202,13 +214,17 @@ def _ray_args(config: LlmAppConfig | LlmDpAppConfig | LlmPdAppConfig) -> dict[st
     return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
-def _llm_configs(given: Mapping[str, object], energy: EnergyConfig) -> list[LLMConfig]:
+def _llm_configs(
+    given: Mapping[str, object], energy: EnergyConfig, *, takes_server_cls: bool = True
+) -> list[LLMConfig]:
     """Ray's `LLMConfig`s, by their places in the arguments, with an energy block each."""
     problems: list[str] = []
     found: list[LLMConfig] = []
     for place, value in given.items():
         try:
             llm_config = read_llm_config(value)
+            if llm_config.server_cls is not None and not takes_server_cls:
+                problems.append(f"{place}.{NO_SERVER_CLS}")
             llm_config.experimental_configs.setdefault(ENERGY_KEY, energy.model_dump())
             check_llm_config(llm_config.experimental_configs, llm_config.deployment_config)
             found.append(llm_config)

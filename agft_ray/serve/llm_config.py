@@ -14,6 +14,11 @@ from agft_ray.settings import TunerConfig, check_pushes
 
 ENERGY_KEY = "energy"
 """Where an `LLMConfig` has our settings: in its `experimental_configs`."""
+NO_SERVER_CLS = (
+    "server_cls: this builder names its servers itself, as Ray's does, and would pass it over; "
+    "leave it out"
+)
+"""The problem of an `LLMConfig` for data-parallel engines, or for prefill and decode apart."""
 
 
 class EnergyConfig(StrictModel):

@@ -11,6 +11,7 @@ from agft_ray.errors import ConfigError
 from agft_ray.gpu.gpu_config import GpuConfig
 from agft_ray.serve.llm_config import (
     ENERGY_KEY,
+    NO_SERVER_CLS,
     EnergyConfig,
     LlmAppConfig,
     LlmDpAppConfig,
@@ -61,6 +62,7 @@ class _Llm:
     prefix: str
     by_us: bool
     """Whether one of our builders makes it, with a tuned server in any case."""
+    takes_server_cls: bool
 
     @property
     def model_id(self) -> str:
@@ -129,6 +131,7 @@ def _default_energy(
 
 def _llms(import_path: str, args: dict[str, Any], place: str, problems: Problems) -> Iterator[_Llm]:
     by_us = import_path in BUILDERS
+    takes_server_cls = BUILDERS.get(import_path) not in (LlmPdAppConfig, LlmDpAppConfig)
     if BUILDERS.get(import_path) is LlmPdAppConfig:
         names = {"prefill_config": ("prefill", "Prefill"), "decode_config": ("decode", "Decode")}
         given = [(name, args.get(name), *named) for name, named in names.items()]
@@ -143,7 +146,7 @@ def _llms(import_path: str, args: dict[str, Any], place: str, problems: Problems
     for name, value, role, prefix in given:
         content = _content(value, f"{place}.{name}", problems)
         if content is not None:
-            yield _Llm(f"{place}.{name}", content, role, prefix, by_us)
+            yield _Llm(f"{place}.{name}", content, role, prefix, by_us, takes_server_cls)
 
 
 def _server_name(value: object, by_us: bool) -> str:
@@ -214,6 +217,8 @@ def _misplaced(llm: _Llm) -> Problems:
     found = []
     if ENERGY_KEY in llm.content:
         found.append(f"{llm.place}.{ENERGY_KEY}: belongs under experimental_configs")
+    if not llm.takes_server_cls and llm.content.get("server_cls"):
+        found.append(f"{llm.place}.{NO_SERVER_CLS}")
     if not llm.by_us and llm.server.startswith("ray."):
         found.append(
             f"{llm.place}.server_cls: is {llm.server}, which has no tuner for the energy block; "

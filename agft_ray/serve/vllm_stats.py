@@ -7,7 +7,8 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,20 @@ ITERATION_FIELDS = (
     "finished_requests",
 )
 FINISHED_FIELDS = ("e2e_latency",)
+PREFIX_FIELDS = ("queries", "hits")
+DETAILS_FIELDS = ("num_ctx_tokens", "num_generation_tokens", "elapsed_ms", "is_dummy")
 """What is read of vLLM's statistics, which it calls unstable; these names hold for 0.29 to 0.32."""
+
+SILENCE_LIMIT_S = 10.0
+"""An engine that has requests and does no step for longer is taken to hang; prefill of a long
+prompt takes a few seconds."""
 
 
 @dataclass(slots=True)
 class _Gauges:
     """One engine's state after its last iteration."""
 
+    recorded_s: float
     running: int = 0
     waiting: int = 0
     kv_cache_usage: float = 0.0
@@ -72,10 +80,11 @@ class VllmStats:
     Args:
         quiet: take the iteration details away once they are read, so that vLLM does not log a
             line for every step; False if that log is wanted.
+        now_s: the time, for tests.
     """
 
-    def __init__(self, *, quiet: bool = True) -> None:
-        self._quiet = quiet
+    def __init__(self, *, quiet: bool = True, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._quiet, self._now_s = quiet, now_s
         self._stats = EngineStats()
         self._engines: dict[int, _Gauges] = {}
         self._has_details = False
@@ -89,13 +98,14 @@ class VllmStats:
     def sample(self, t_s: float) -> EngineSample:
         """The statistics as they stand.
 
-        Raises `StaleMetricsError`, saying why, before the engine has started and for good after
-        something in its statistics could not be read.
+        Raises `StaleMetricsError`, saying why, before the engine has started, while it has
+        requests and does nothing, and for good after something in its statistics could not be read.
         """
         if self._problem:
             raise StaleMetricsError(self._problem)
         if not self._engines:
             raise StaleMetricsError("vLLM has not started yet")
+        self._check_not_silent()
         gauges = self._engines.values()
         return self._stats.sample(
             t_s=t_s,
@@ -103,6 +113,16 @@ class VllmStats:
             waiting=sum(gauge.waiting for gauge in gauges),
             kv_cache_usage=sum(gauge.kv_cache_usage for gauge in gauges) / len(gauges),
         )
+
+    def _check_not_silent(self) -> None:
+        """vLLM reports every step, so an engine with work that reports none does none."""
+        for index, gauges in self._engines.items():
+            silent_s = self._now_s() - gauges.recorded_s
+            if silent_s > SILENCE_LIMIT_S and gauges.running + gauges.waiting > 0:
+                raise StaleMetricsError(
+                    f"engine {index} has done no step for {silent_s:.0f} s, with "
+                    f"{gauges.running} requests running and {gauges.waiting} waiting"
+                )
 
     @contextlib.contextmanager
     def registered(self) -> Iterator[None]:
@@ -113,6 +133,10 @@ class VllmStats:
         logged, and `sample` says it.
         """
         global _registered
+        if _registered is not None:
+            self._fail("another engine is starting in this process; start them one after the other")
+            yield
+            return
         finder = _PluginFinder()
         _registered = self
         sys.meta_path.append(finder)
@@ -128,7 +152,7 @@ class VllmStats:
 
     def connect(self, engine_index: int, *, has_details: bool) -> None:
         """An engine will report under this index; `has_details` if it times its iterations."""
-        self._engines[engine_index] = _Gauges()
+        self._engines[engine_index] = _Gauges(self._now_s())
         self._has_details = has_details
 
     def disconnect(self) -> None:
@@ -153,6 +177,7 @@ class VllmStats:
 
     def _add_scheduler(self, scheduler: Any, gauges: _Gauges) -> None:
         skipped = getattr(scheduler, "num_skipped_waiting_reqs", 0)  # since 0.17
+        gauges.recorded_s = self._now_s()
         gauges.running = scheduler.num_running_reqs
         gauges.waiting = scheduler.num_waiting_reqs + skipped
         gauges.kv_cache_usage = scheduler.kv_cache_usage
@@ -160,7 +185,7 @@ class VllmStats:
         if prefix is not None:
             self._stats.prefix_cache_queries += prefix.queries
             self._stats.prefix_cache_hits += prefix.hits
-        details = getattr(scheduler, "iteration_details", None)
+        details = scheduler.iteration_details if self._has_details else None
         if details is None:
             return
         if not details.is_dummy:
@@ -202,6 +227,21 @@ def registered_stats() -> VllmStats | None:
     return _registered
 
 
+def look_at_vllm() -> tuple[str, bool]:
+    """Why the installed vLLM's statistics are not enough to tune by, or ""; and whether it can be
+    told to time its steps (by `enable_logging_iteration_details`).
+
+    Never raises, whatever is installed: a replica serves without a tuner just as well.
+    """
+    try:
+        from agft_ray.serve import vllm_plugin
+
+        return vllm_plugin.problem(), vllm_plugin.times_steps()
+    except Exception as error:
+        log.warning("this vLLM's statistics cannot be looked at", exc_info=error)
+        return f"this vLLM's statistics are of a form that is not known: {error!r}", False
+
+
 def missing_fields(scheduler: object, iteration: object, finished: Iterable[str]) -> str:
     """What is not there of all that is read, as a reason to observe only; "" if nothing.
 
@@ -210,6 +250,9 @@ def missing_fields(scheduler: object, iteration: object, finished: Iterable[str]
         finished: the field names of its statistics of a finished request.
     """
     missing = [f"SchedulerStats.{n}" for n in SCHEDULER_FIELDS if not hasattr(scheduler, n)]
+    prefix = getattr(scheduler, "prefix_cache_stats", None)
+    if prefix is not None:
+        missing += [f"PrefixCacheStats.{n}" for n in PREFIX_FIELDS if not hasattr(prefix, n)]
     missing += [f"IterationStats.{n}" for n in ITERATION_FIELDS if not hasattr(iteration, n)]
     names = set(finished)
     missing += [f"FinishedRequestStats.{n}" for n in FINISHED_FIELDS if n not in names]

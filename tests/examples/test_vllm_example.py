@@ -36,6 +36,6 @@ def test_vllm_deployment(request, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     words = dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
     assert words["asked_for"] == "1600"
-    assert 1200 <= int(words["generation_tokens"]) <= 1600  # as of the tuner's last report
+    assert words["generation_tokens"] == "1600"
     assert words["locked_sm_clock_mhz"] == "1230"
     assert words["state"] == "tuning"

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import yaml
 from serve_app import wait_until
-from vllm_app import TUNER, Statuses, load, shipped, tokens
+from vllm_app import TUNER, Statuses, load, shipped, tokens, until_rays_metrics
 
 from agft_ray.serve.local_cluster import serve_run
 
@@ -28,11 +28,12 @@ def test_direct_streaming_is_tuned_as_well(directory, tiny_model, fake):
         try:
             prompt, generated = asyncio.run(load(app, requests=12))
             (replica,) = statuses.until(
-                lambda found: tokens(found) == (prompt, generated), 15, "every token"
+                lambda found: tokens(found) == (prompt, generated), 60, "every token"
             )
             assert replica["gpu_uuid"] == uuid
             wait_until(lambda: fake.gpu(1).locked_mhz == (1200, 1200), 20, "the lock")
             assert fake.gpu(0).locked_mhz is None
+            until_rays_metrics(app, statuses, replicas=1)
         finally:
             statuses.close()
-    assert fake.gpu(1).locked_mhz is None
+    wait_until(lambda: fake.gpu(1).locked_mhz is None, 10, "the reset at the end")

@@ -1,6 +1,7 @@
 """Real vLLM behind Ray Serve LLM, for the modules that test it."""
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -94,6 +95,48 @@ async def stream(api, prompt, tokens):
     return texts, usage
 
 
+@contextlib.contextmanager
+def under_load(app, clients=8):
+    """Streamed requests, one after the other of each client."""
+    stop = threading.Event()
+
+    async def ask():
+        async with client(app) as api:
+            while not stop.is_set():
+                await stream(api, "Hello", 32)
+
+    async def all_clients():
+        await asyncio.gather(*(ask() for _ in range(clients)))
+
+    failures = []
+
+    def run():
+        try:
+            asyncio.run(all_clients())
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    assert failures == []
+
+
+def until_rays_metrics(app, statuses, replicas):
+    """Wait until each replica's tuner has seen it at work in Ray Serve's own metrics."""
+    figures = ("serve_request_rate_per_s", "serve_latency_s", "serve_in_flight")
+    with under_load(app):
+        statuses.until(
+            lambda found: len(found) == replicas and all(r.get(f) for r in found for f in figures),
+            60,
+            "request rate, latency and requests in flight of Ray Serve's metrics",
+        )
+
+
 async def load(app, requests):
     """So many streamed requests at once; their prompt and completion tokens, by usage."""
     async with client(app) as api:
@@ -105,6 +148,10 @@ async def load(app, requests):
         sum(usage.prompt_tokens for _, usage in answers),
         sum(usage.completion_tokens for _, usage in answers),
     )
+
+
+def pids(replicas):
+    return {replica["replica_pid"] for replica in replicas}
 
 
 def tokens(replicas):

@@ -22,8 +22,9 @@ def block(tokens_per_s, ttft_s=0.1):
     return Block(tokens_per_s * 2, 2.0, [ttft_s] * 100)
 
 
-def pairs(with_tokens_per_s, *, with_ttft_s=0.1):
-    return [{"with": block(t, with_ttft_s), "without": block(1000)} for t in with_tokens_per_s]
+def rounds(with_tokens_per_s, *, with_ttft_s=0.1):
+    others = {"untimed": block(500, 0.4), "without": block(1000)}
+    return [others | {"with": block(t, with_ttft_s)} for t in with_tokens_per_s]
 
 
 # -- a block of load -------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def test_an_engine_that_fails_ends_the_block():
         loaded(Failing(), block_s=60.0)
 
 
-# -- pairs of blocks -------------------------------------------------------------------------------
+# -- rounds of blocks ------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -112,21 +113,22 @@ class FakeReplicas(_Bench):
         self.asked.append((side, asked["do"], asked.get("seed")))
         status = {"state": self.state, "reason": "", "windows": 8, "clock_changes": 3}
         block = {"tokens": 500, "elapsed_s": 5.0, "ttfts_s": [0.1]}
-        return {"block": block, "tuner": status if side == "with" else None}
+        return {"block": block, "tuner": None if side == "without" else status}
 
 
-def test_both_blocks_of_a_pair_have_the_same_requests_in_an_order_of_the_seed():
+def test_the_blocks_of_a_round_have_the_same_requests_in_an_order_of_the_seed():
     bench = FakeReplicas()
     bench.run(20, seed=0)
-    steps = bench.asked[2:]
-    assert [do for _, do, _ in steps] == ["begin", "measure", "end"] * 40
+    steps = bench.asked[3:]
+    assert [do for _, do, _ in steps] == ["begin", "measure", "end"] * 60
     measured = [(side, seed) for side, do, seed in steps if do == "measure"]
-    first, second = measured[::2], measured[1::2]
-    assert all({a[0], b[0]} == set(SIDES) for a, b in zip(first, second, strict=True))
-    assert [seed for _, seed in first] == [seed for _, seed in second]
-    assert len({seed for _, seed in first}) == 20
-    assert {side for side, _ in first} == set(SIDES), "the order changes"
-    assert (bench.windows, bench.clock_changes) == (160, 60)
+    turns = [measured[start : start + 3] for start in range(0, 60, 3)]
+    assert all({side for side, _ in turn} == set(SIDES) for turn in turns)
+    assert all(len({seed for _, seed in turn}) == 1 for turn in turns)
+    assert len({turn[0][1] for turn in turns}) == 20
+    for place in range(3):
+        assert {turn[place][0] for turn in turns} == set(SIDES), "the order changes"
+    assert (bench.windows, bench.clock_changes) == (320, 120)
     again = FakeReplicas()
     again.run(20, seed=0)
     assert again.asked == bench.asked
@@ -142,12 +144,33 @@ def test_a_tuner_that_does_not_tune_is_not_measured():
 # -- what comes of it ------------------------------------------------------------------------------
 
 
-def test_the_summary_compares_within_pairs():
-    with_tuner, without, tokens, ttft = summary(pairs([900, 1000, 1100], with_ttft_s=0.2), seed=0)
-    assert "with tuner: 1000.0 tokens/s, TTFT p50 200.0 ms, p99 200.0 ms" in with_tuner
-    assert "without tuner: 1000.0 tokens/s, TTFT p50 100.0 ms, p99 100.0 ms" in without
-    assert tokens.startswith("tokens/s with / without: median 1.0000, 95 % interval 0.9000 to 1.1")
-    assert ttft.startswith("p99 TTFT with / without: median 2.0000, 95 % interval 2.0000 to 2.0")
+def test_the_summary_compares_within_rounds():
+    lines, is_missed = summary(rounds([900, 1000, 1100], with_ttft_s=0.2), seed=0)
+    assert lines[0] == (
+        "median of the blocks without: 1000.0 tokens/s, TTFT p50 100.0 ms, p99 100.0 ms"
+    )
+    assert "blocks untimed: 500.0 tokens/s, TTFT p50 400.0 ms, p99 400.0 ms" in lines[1]
+    assert "blocks with: 1000.0 tokens/s, TTFT p50 200.0 ms, p99 200.0 ms" in lines[2]
+    intervals = {line.partition(":")[0]: line.partition(": ")[2] for line in lines[3:]}
+    assert list(intervals) == [
+        "tokens/s with / without",
+        "p99 TTFT with / without",
+        "tokens/s untimed / without",
+        "p99 TTFT untimed / without",
+        "tokens/s with / untimed",
+        "p99 TTFT with / untimed",
+    ]
+    medians = [float(text.split()[1].rstrip(",")) for text in intervals.values()]
+    assert medians == [1.0, 2.0, 0.5, 4.0, 2.0, 0.5]
+    assert "95 % interval 0.9000 to 1.1000 (3 pairs)" in intervals["tokens/s with / without"]
+    assert is_missed
+
+
+def test_only_an_engine_as_it_is_tuned_has_targets():
+    lines, is_missed = summary(rounds([1000] * 20), seed=0)
+    assert [line.rpartition("; ")[2] for line in lines[3:5]] == ["the target holds"] * 2
+    assert not any("target" in line for line in lines[5:])
+    assert not is_missed, "the untimed side is far off, and not the point"
 
 
 @pytest.mark.parametrize(
@@ -159,14 +182,26 @@ def test_the_summary_compares_within_pairs():
     ],
 )
 def test_the_target_of_throughput(tokens_per_s, verdict):
-    assert summary(pairs(tokens_per_s), seed=0)[2].endswith(f"; {verdict}")
+    lines, is_missed = summary(rounds(tokens_per_s), seed=0)
+    assert lines[3].endswith(f"; {verdict}")
+    assert is_missed is ("missed" in verdict)
 
 
 @pytest.mark.parametrize(
     ("ttft_s", "verdict"), [(0.1009, "the target holds"), (0.102, "the target is missed")]
 )
 def test_the_target_of_ttft(ttft_s, verdict):
-    assert summary(pairs([1000] * 20, with_ttft_s=ttft_s), seed=0)[3].endswith(f"; {verdict}")
+    lines, is_missed = summary(rounds([1000] * 20, with_ttft_s=ttft_s), seed=0)
+    assert lines[4].endswith(f"; {verdict}")
+    assert is_missed is ("missed" in verdict)
+
+
+@pytest.mark.parametrize(("tokens_per_s", "status"), [(1000, 0), (900, 1)])
+def test_the_exit_status_is_1_if_a_target_is_missed(tokens_per_s, status, capsys):
+    bench = FakeReplicas()
+    bench.rounds = rounds([tokens_per_s] * 3)
+    assert bench.print_summary(seed=0) == status
+    assert ("is missed" in capsys.readouterr().out) is bool(status)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,19 @@ def test_data_parallel(check):
     assert [(each.role, each.tuner.mode) for each in found] == [("mixed", "off")]
 
 
+@pytest.mark.parametrize(
+    ("builder", "args"),
+    [
+        (DP, {"llm_config": llm(server_cls=TUNED)}),
+        (PD, {"prefill_config": llm(server_cls=TUNED), "decode_config": llm()}),
+    ],
+)
+def test_a_server_class_that_would_be_passed_over(problems, builder, args):
+    (problem,) = problems(builder, args)
+    assert problem.startswith(f"applications.0.args.{next(iter(args))}.server_cls: ")
+    assert "leave it out" in problem
+
+
 def test_two_lines_in_a_config_of_rays_builder(check):
     given = [llm("a", server_cls=TUNED, **energy(tuner={"mode": "control"})), llm("untuned")]
     found = check(RAYS, {"llm_configs": given}).llms

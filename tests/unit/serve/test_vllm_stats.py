@@ -2,8 +2,11 @@
 of fields; test_vllm_plugin.py holds these names against the real ones."""
 
 import dataclasses
+import importlib
 import importlib.metadata
 import logging
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -13,7 +16,9 @@ from agft_ray.serve.vllm_stats import (
     ITERATION_FIELDS,
     PLUGIN,
     SCHEDULER_FIELDS,
+    SILENCE_LIMIT_S,
     VllmStats,
+    look_at_vllm,
     missing_fields,
     registered_stats,
 )
@@ -153,6 +158,13 @@ def test_details_are_taken_away_unless_their_log_is_wanted(quiet):
     assert stats.sample(0.0).iterations == 1
 
 
+def test_details_of_an_engine_that_does_not_promise_them_are_not_read():
+    stats = connected(has_details=False)
+    details = SimpleNamespace(num_ctx_tokens=0, num_generation_tokens=4)  # says no time
+    stats.record(Scheduler(iteration_details=details), Iteration(0, 4, 0, [], [0.25] * 4), 0)
+    assert stats.sample(0.0).unknown_steps == StepTotals(1, 4, 0.25)
+
+
 def test_without_details_steps_are_unknown_and_timed_by_the_least_inter_token_latency():
     stats = connected(has_details=False)
     stats.record(OldScheduler(4, 2), Iteration(60, 4, 0, [0.5], [0.25, 0.125, 0.75]), 0)
@@ -204,6 +216,43 @@ def test_what_cannot_be_read_is_no_error_for_vllm_but_for_good_for_the_tuner(
         stats.sample(0.0)
 
 
+class Times:
+    """FAKE time, of the engine's front end."""
+
+    def __init__(self):
+        self.t_s = 100.0
+
+    def __call__(self):
+        return self.t_s
+
+
+def test_an_engine_that_hangs_with_requests_is_not_known():
+    now = Times()
+    stats = VllmStats(now_s=now)
+    stats.connect(0, has_details=True)
+    stats.connect(1, has_details=True)
+    stats.record(Scheduler(2, 1), None, 0)
+    now.t_s += SILENCE_LIMIT_S
+    stats.record(Scheduler(1), None, 1)
+    assert stats.sample(0.0).running == 3
+    now.t_s += 1.0
+    with pytest.raises(StaleMetricsError, match="engine 0 has done no step for 11 s, with 2 requ"):
+        stats.sample(0.0)
+    stats.record(Scheduler(2, 1), None, 0)
+    assert stats.sample(0.0).running == 3, "it works again"
+
+
+def test_an_idle_engine_says_nothing_and_is_known_to_be_idle():
+    now = Times()
+    stats = VllmStats(now_s=now)
+    stats.connect(0, has_details=True)
+    now.t_s += 1000.0
+    assert stats.sample(0.0).is_idle
+    stats.record(Scheduler(), None, 0)
+    now.t_s += 1000.0
+    assert stats.sample(0.0).is_idle
+
+
 # -- the plugin's entry point ----------------------------------------------------------------------
 
 
@@ -228,6 +277,19 @@ def test_the_entry_point_goes_when_the_engine_fails_to_start():
         raise RuntimeError("out of memory")
     assert registered_stats() is None
     assert entry_points() == []
+
+
+def test_two_engines_that_start_at_once_are_not_taken_for_one_another():
+    first, second = VllmStats(), VllmStats()
+    with first.registered():
+        with second.registered():
+            assert registered_stats() is first
+        assert len(entry_points()) == 1
+        first.connect(0, has_details=True)
+    assert entry_points() == []
+    first.sample(0.0)
+    with pytest.raises(StaleMetricsError, match="another engine is starting in this process"):
+        second.sample(0.0)
 
 
 @pytest.mark.parametrize(
@@ -264,3 +326,146 @@ def test_missing_fields_are_named():
     named += [f"IterationStats.{name}" for name in ITERATION_FIELDS]
     named += [f"FinishedRequestStats.{name}" for name in FINISHED_FIELDS]
     assert problem == f"this vLLM has no {', '.join(named)}"
+
+
+def test_a_prefix_cache_that_says_something_else_is_named():
+    scheduler = Scheduler(prefix_cache_stats=SimpleNamespace(queries=0, found=0))
+    problem = missing_fields(scheduler, Iteration(), FINISHED_FIELDS)
+    assert problem == "this vLLM has no PrefixCacheStats.hits"
+
+
+@dataclasses.dataclass
+class TimelessDetails:
+    """Iteration details of a vLLM that has renamed their time."""
+
+    num_ctx_tokens: int = 0
+    num_generation_tokens: int = 0
+    elapsed_us: float = 0.0
+    is_dummy: bool = False
+
+
+@dataclasses.dataclass
+class NeedyScheduler:
+    """Statistics that cannot be made without arguments."""
+
+    num_running_reqs: int
+
+
+class NoDataclass:
+    e2e_latency = 0.0
+
+
+class Logger:
+    """What vLLM's own base class asks of a stat logger, and more of a later one."""
+
+
+@dataclasses.dataclass
+class EngineArgs:
+    enable_logging_iteration_details: bool = False
+
+
+@pytest.fixture
+def plugin_with(monkeypatch):
+    """The plugin, loaded as if a vLLM with those classes were installed."""
+
+    def load(*, without=None, arguments=EngineArgs, **classes):
+        fakes = {
+            "SchedulerStats": Scheduler,
+            "IterationStats": Iteration,
+            "FinishedRequestStats": Finished,
+            "SchedulerIterationDetails": Details,
+        } | classes
+        fakes.pop(without, None)
+        modules = {
+            "vllm": {},
+            "vllm.engine": {},
+            "vllm.engine.arg_utils": {"AsyncEngineArgs": arguments},
+            "vllm.v1": {},
+            "vllm.v1.metrics": {},
+            "vllm.v1.metrics.loggers": {"StatLoggerBase": Logger},
+            "vllm.v1.metrics.stats": fakes,
+        }
+        for name, content in modules.items():
+            module = ModuleType(name)
+            vars(module).update(content)
+            monkeypatch.setitem(sys.modules, name, module)
+        for name in modules:
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], child, sys.modules[name])
+
+    forget = "agft_ray.serve.vllm_plugin"
+    monkeypatch.delitem(sys.modules, forget, raising=False)
+    monkeypatch.delattr(importlib.import_module("agft_ray.serve"), "vllm_plugin", raising=False)
+    yield load
+    sys.modules.pop(forget, None)
+    vars(importlib.import_module("agft_ray.serve")).pop("vllm_plugin", None)
+
+
+def test_a_vllm_that_has_everything_is_found_to(plugin_with):
+    plugin_with()
+    assert look_at_vllm() == ("", True)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        {"SchedulerStats": OldScheduler},  # its option only makes the engine's core log
+        {"SchedulerIterationDetails": TimelessDetails},
+        {"SchedulerIterationDetails": NoDataclass},
+        {"without": "SchedulerIterationDetails"},
+        {"arguments": object},
+    ],
+)
+def test_a_vllm_that_does_not_time_its_steps_is_tuned_with_steps_of_unknown_class(
+    plugin_with, classes
+):
+    plugin_with(**classes)
+    assert look_at_vllm() == ("", False)
+    stats = VllmStats()
+    observability = SimpleNamespace(enable_logging_iteration_details=True)
+    with stats.registered():
+        logger = importlib.import_module("agft_ray.serve.vllm_plugin").TunerStatLogger(
+            SimpleNamespace(observability_config=observability)
+        )
+    for _ in range(50):
+        logger.record(OldScheduler(4), Iteration(0, 4, 0, [], [0.25] * 4))
+    assert stats.sample(0.0).unknown_steps == StepTotals(50, 200, 12.5)
+
+
+@pytest.mark.parametrize(
+    ("classes", "named"),
+    [
+        ({"without": "FinishedRequestStats"}, "FinishedRequestStats"),
+        ({"SchedulerStats": NeedyScheduler}, "num_running_reqs"),
+        ({"FinishedRequestStats": NoDataclass}, "dataclass"),
+        ({"without": "SchedulerStats"}, "SchedulerStats"),
+    ],
+)
+def test_a_vllm_of_another_shape_is_a_reason_to_observe_and_no_error(plugin_with, classes, named):
+    plugin_with(**classes)
+    problem, times_steps = look_at_vllm()
+    assert problem.startswith("this vLLM's statistics are of a form that is not known")
+    assert named in problem
+    assert not times_steps
+
+
+def test_no_vllm_at_all_is_a_reason_as_well(plugin_with, monkeypatch):
+    plugin_with()
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", None)
+    problem, times_steps = look_at_vllm()
+    assert "vllm.engine.arg_utils" in problem
+    assert not times_steps
+
+
+def test_the_loggers_last_word_is_not_spoken_at_exit(plugin_with):
+    """A line of an error at the end of every replica, of an engine that has ended well."""
+    plugin_with()
+    stats = VllmStats()
+    module = importlib.import_module("agft_ray.serve.vllm_plugin")
+    with stats.registered():
+        logger = module.TunerStatLogger(SimpleNamespace(observability_config=None))
+    assert not logger._finalizer.atexit
+    del logger
+    with pytest.raises(StaleMetricsError, match="given up its stat logger"):
+        stats.sample(0.0)

@@ -267,7 +267,7 @@ def server():
 
 def test_a_server_that_stalls_is_stale_until_it_answers_again(server):
     url, answers = server
-    one = VllmMetricsSource(f"{url}/metrics", interval_s=0.01, timeout_s=0.05, max_age_s=0.3)
+    one = VllmMetricsSource(f"{url}/metrics", interval_s=0.01, timeout_s=0.5, max_age_s=2.0)
     try:
         eventually(lambda: sampled(one, time.monotonic()))
         assert replace(one.sample(time.monotonic()), t_s=5.0) == ONE
