@@ -137,7 +137,7 @@ def live(gpu, monkeypatch):
 
     for name in ("get_scraper", "get_aggregator"):
         monkeypatch.setattr(frequency_tuner, name, no_ray)
-    metrics = SimpleNamespace(export=lambda record, state: None)
+    metrics = SimpleNamespace(export=lambda record: None, show=lambda tuner: None)
     monkeypatch.setattr(frequency_tuner, "TunerMetrics", lambda *labels: metrics)
 
     def run(act):
