@@ -313,3 +313,84 @@ def test_ctrl_c_ends_it_at_once_and_leaves_whole_files(tmp_path, jobs):
     assert json.loads(file.read_text()) == {"runs": []}
     assert sorted(p.name for p in out.rglob("*") if p.is_file()) == ["runs.json", "study.json"]
     assert json.loads((out / "study.json").read_text())["interrupted"] is True
+
+
+# -- Ray -------------------------------------------------------------------------------------------
+
+
+class FakeRay:
+    """As much of Ray as the pool uses; tasks run when they are waited for, the last one first."""
+
+    def __init__(self, *, refuses=False):
+        self.refuses, self.addresses, self.cancelled = refuses, [], []
+
+    def init(self, address, **options):
+        self.addresses.append(address)
+        if self.refuses:
+            raise ConnectionError("Could not find any running Ray instance.\nmore")
+
+    def remote(self, **options):
+        assert options == {"num_cpus": 1, "max_retries": 3}
+
+        def decorated(function):
+            def submit(*arguments):
+                return lambda: function(*arguments)
+
+            return type("Task", (), {"remote": staticmethod(submit)})
+
+        return decorated
+
+    def wait(self, pending, num_returns):
+        return [pending[-1]], pending[:-1]
+
+    def get(self, reference):
+        return reference()
+
+    def cancel(self, reference, force):
+        self.cancelled.append(reference)
+
+
+@pytest.fixture
+def fake_ray(monkeypatch):
+    pytest.importorskip("ray", reason="the pool catches Ray's own errors")
+
+    def place(fake):
+        monkeypatch.setitem(sys.modules, "ray", fake)
+        fake.exceptions = sys.modules["ray.exceptions"]
+        return fake
+
+    import ray.exceptions
+
+    assert ray.exceptions
+    return place
+
+
+def double(job, report):
+    report(float(job))
+    return 2 * job
+
+
+def test_a_cluster_gives_the_results_in_whatever_order(fake_ray, monkeypatch):
+    fake = fake_ray(FakeRay())
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    seen = []
+    results = simulate_on_ray.ray_pool()(double, [1, 2, 3], lambda n, at: seen.append((n, at)))
+    assert list(results) == [(2, 6), (1, 4), (0, 2)]
+    assert seen == [(2, 3.0), (1, 2.0), (0, 1.0)]
+    assert fake.addresses == ["head:6379"]
+
+
+def test_a_pool_that_is_left_cancels_what_runs(fake_ray):
+    fake = fake_ray(FakeRay())
+    results = simulate_on_ray.ray_pool()(double, [1, 2, 3], lambda n, at: None)
+    next(results)
+    results.close()
+    assert len(fake.cancelled) == 2
+
+
+def test_no_cluster_is_said_with_the_ways_out(fake_ray, capsys):
+    fake_ray(FakeRay(refuses=True))
+    assert main([*SHORT[:-2], "--ray"]) == 2
+    error = capsys.readouterr().err
+    assert "no Ray cluster to be joined (Could not find any running Ray instance.)" in error
+    assert "ray start --head" in error
