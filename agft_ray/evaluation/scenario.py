@@ -12,6 +12,7 @@ from agft_ray.errors import ConfigError
 from agft_ray.evaluation.routers import RouterName
 from agft_ray.evaluation.summary import Slo
 from agft_ray.evaluation.workload_options import workload_name
+from agft_ray.policy.agft_reference import REFERENCE_WINDOW_S, AgftReferenceConfig
 from agft_ray.settings import SloConfig, TunerConfig
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import GpuProfile, load_gpu_profile
@@ -48,7 +49,8 @@ class Scenario(StrictModel):
     slo: SloConfig = Field(default_factory=SloConfig)
     """Bounds on each request, and what policies are told to keep."""
     window_s: float = Field(default=2.0, ge=0.5)
-    """Length of a tuner's window, and of the windows that are reported."""
+    """Length of a tuner's window (of `agft_reference` always its own, 0.8 s), and of the windows
+    that are reported."""
     objective: Literal["energy", "edp", "ed2p"] = "edp"
     share_experience: bool = True
     """Replicas exchange what they learned."""
@@ -81,16 +83,17 @@ class Scenario(StrictModel):
         """The GPU, with the replaced numbers; raises `ConfigError` for what is invalid."""
         profile = load_gpu_profile(self.gpu)
         for path, value in self.profile_values.items():
-            profile = with_value(profile, path, value)
+            profile = profile.with_value(path, value)
         return profile
 
     def tuner(self, policy: StrictModel) -> TunerConfig:
         """A tuner's settings with this policy."""
+        is_reference = isinstance(policy, AgftReferenceConfig)
         values = {
             "policy": policy,
             "objective": self.objective,
             "slo": self.slo,
-            "window_s": self.window_s,
+            "window_s": REFERENCE_WINDOW_S if is_reference else self.window_s,
             "share_experience": self.share_experience,
         }
         return parse(TunerConfig, values, source="tuner")
@@ -117,33 +120,3 @@ class Scenario(StrictModel):
 
     def _bounded(self, requests: Iterator[Request]) -> Iterator[Request]:
         return requests if self.duration_s is None else until(requests, self.duration_s)
-
-
-def with_value(profile: GpuProfile, path: str, value: float) -> GpuProfile:
-    """The profile with one number replaced; clocks are moved to the supported one below.
-
-    Raises `ConfigError` if the path names no number, or the profile is then invalid.
-    """
-    values = profile.model_dump()
-    source = f"GPU profile {profile.name}"
-    *parents, last = _keys(values, path) or [""]
-    if not last:
-        raise ConfigError(source, [f"{path}: names no number of this profile"])
-    place: Any = values
-    for key in parents:
-        place = place[key]
-    if path.endswith("sm_clock_mhz"):
-        value = profile.supported_at_or_below(round(value))
-    place[last] = round(value) if isinstance(place[last], int) else float(value)
-    return parse(GpuProfile, values, source=f"{source} with {path}={value:g}")
-
-
-def _keys(values: Any, path: str) -> list[str]:
-    """The keys that a dotted path names; keys may hold dots themselves ('llama-3.1-8b')."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            if path == key and isinstance(value, int | float):
-                return [key]
-            if path.startswith(f"{key}.") and (rest := _keys(value, path[len(key) + 1 :])):
-                return [key, *rest]
-    return []

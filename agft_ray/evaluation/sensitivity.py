@@ -11,7 +11,6 @@ from agft_ray.errors import AgftError
 from agft_ray.evaluation.comparison import standings
 from agft_ray.evaluation.pool import Pool
 from agft_ray.evaluation.run_record import RunRecord, write_runs
-from agft_ray.evaluation.scenario import with_value
 from agft_ray.evaluation.study import OnPhase, Study
 from agft_ray.simulation.profiles import GpuProfile
 
@@ -67,7 +66,7 @@ def sweep(study: Study, pool: Pool, on_phase: OnPhase) -> Iterator[End]:
         )
     for path, ends in ranges.items():
         for value in ends:
-            with_value(profile, path, value)
+            profile.with_value(path, value)
     yield End(None, None, tuple(_fresh(study, {}).run(pool, on_phase)))
     for path, ends in ranges.items():
         for value in ends:

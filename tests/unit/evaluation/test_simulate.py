@@ -6,17 +6,18 @@ import os
 import numpy as np
 import pytest
 
-from agft_ray.errors import AgftError, ConfigError
+from agft_ray.errors import AgftError
 from agft_ray.evaluation.policy_specs import parse_policy
 from agft_ray.evaluation.pool import Processes, StoppedError, one_by_one
 from agft_ray.evaluation.run_record import read_runs, write_runs
 from agft_ray.evaluation.run_rows import CHUNK, RunRows, Spill, read_columns
-from agft_ray.evaluation.scenario import Scenario, with_value
+from agft_ray.evaluation.scenario import Scenario
 from agft_ray.evaluation.simulate import Job, perform
 from agft_ray.evaluation.study import Study, run_folder
 from agft_ray.evaluation.summary import Slo
 from agft_ray.evaluation.virtual_time import GridWindow, run_virtual
-from agft_ray.simulation.profiles import load_gpu_profile
+from agft_ray.policy.agft import AgftConfig
+from agft_ray.policy.agft_reference import AgftReferenceConfig
 from agft_ray.types import RequestTimings
 
 SHORT = Scenario(rate_per_s=1.0, duration_s=60.0, slo={"ttft_s": 0.3, "tpot_s": 0.03})
@@ -186,16 +187,9 @@ def test_an_interrupted_study_keeps_what_was_finished():
 # -- scenarios -------------------------------------------------------------------------------------
 
 
-def test_a_number_of_the_profile_is_replaced():
-    profile = load_gpu_profile("rtx_a6000")
-    assert with_value(profile, "governor.idle_sm_clock_mhz", 215).governor.idle_sm_clock_mhz == 210
-    changed = with_value(profile, "models.llama-3.1-8b.issue_share", 0.9)
-    assert changed.model_profile("llama-3.1-8b").issue_share == 0.9
-    assert profile.model_profile("llama-3.1-8b").issue_share != 0.9
-    with pytest.raises(ConfigError, match="names no number"):
-        with_value(profile, "governor.speed", 1.0)
-    with pytest.raises(ConfigError, match="issue_share"):
-        with_value(profile, "models.llama-3.1-8b.issue_share", 2.0)
+def test_the_reference_keeps_its_own_windows():
+    assert SHORT.tuner(AgftReferenceConfig()).window_s == 0.8
+    assert SHORT.tuner(AgftConfig()).window_s == SHORT.window_s == 2.0
 
 
 def test_a_changed_profile_changes_the_run():
