@@ -273,6 +273,7 @@ class Script:
 
         message = wait_until(lost, 30, "the loss of the GPU noticed")
         self.handle("decode").check_health.remote().result(timeout_s=30)
+        self.gpus[uuid].locked_mhz = None  # as the reset or reboot does that brings it back
         self.gpus[uuid].fail("any", 0)
         return {"health": {"lost": uuid, "message": message}}
 
