@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from agft_ray.errors import GpuError
+from agft_ray.errors import GpuError, GpuNotSupportedError, GpuPermissionError
 from agft_ray.gpu import deadline, lease_lock, lease_record, restore
 from agft_ray.gpu.deadline import Job
 from agft_ray.gpu.lease import Lease, revoke, undo
@@ -133,6 +133,8 @@ class _Guarded:
             raise GpuError(f"no lease record {path}")
         self._target = record.target
         self._job: Job[bool] | None = None
+        self.is_refused = False
+        """We may not reset it, so trying again is in vain; whoever finds the record may."""
         restore.prepare(record.target["backend"])
 
     def revoke(self) -> None:
@@ -159,6 +161,9 @@ class _Guarded:
             record = lease_record.believed_record(self.paths)
             self._target = self._target if record is None else record.target
             undo(self._target)
+        except (GpuPermissionError, GpuNotSupportedError):
+            self.is_refused = True
+            return False
         except Exception:  # whatever it is, it must not keep the other GPUs from their reset
             return False
         return True
@@ -249,9 +254,12 @@ def _reset_once(guarded: Sequence[_Guarded]) -> list[_Guarded]:
 
 
 def _reset_all(guarded: Sequence[_Guarded], *, owner_is_gone: bool) -> bool:
-    """Reset, for `RETRY_S` if need be; whether all could be. The record of an owner that may live
-    stays, revoked: it may lock again before it notices that nobody guards it. A dead one's needs
-    no revoking, whose way to the disk would delay the reset."""
+    """Reset, for `RETRY_S` if need be; whether there is nothing left to try.
+
+    What could not be reset keeps its record, for the node-level guard and the next owner. That of
+    an owner that may live stays, revoked: it may lock again before it notices that nobody guards
+    it. A dead one's needs no revoking, whose way to the disk would delay the reset.
+    """
     for each in () if owner_is_gone else guarded:
         each.revoke()
     pending, delay_s, due_s = list(guarded), 0.1, time.monotonic() + RETRY_S
@@ -259,7 +267,7 @@ def _reset_all(guarded: Sequence[_Guarded], *, owner_is_gone: bool) -> bool:
         done = _reset_once(pending)
         for each in done if owner_is_gone else ():
             lease_record.remove_record(each.paths)
-        pending = [each for each in pending if each not in done]
+        pending = [each for each in pending if each not in done and not each.is_refused]
         if not pending or time.monotonic() + delay_s > due_s:
             return not pending
         time.sleep(delay_s)

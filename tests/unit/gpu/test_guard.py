@@ -22,7 +22,7 @@ from lease_tools import (
     within,
 )
 
-from agft_ray.errors import GpuError, LeaseHeldError
+from agft_ray.errors import GpuError, GpuPermissionError, LeaseHeldError
 from agft_ray.gpu import guard as guard_module
 from agft_ray.gpu import lease_lock, lease_record
 from agft_ray.gpu.guard import Guard
@@ -289,6 +289,20 @@ def test_what_the_owner_leaves_is_reset_by_the_guard_and_then_free(path, directo
     acquire_soon(directory, path).release()
     assert locked_mhz(path) is None
     assert within(2.0, lambda: not runs(guard.pid))
+
+
+def test_a_refused_reset_is_left_to_whoever_may(lease, monkeypatch):
+    guarded = guard_module._Guarded(f"{lease.fd}:{lease.record_path}")
+    attempts = []
+
+    def refuse(target):
+        attempts.append(target)
+        raise GpuPermissionError("root only")
+
+    monkeypatch.setattr(guard_module, "undo", refuse)
+    assert guard_module._reset_all([guarded], owner_is_gone=True)
+    assert len(attempts) == 1, "it tries in vain"
+    assert os.path.exists(lease.record_path)
 
 
 def test_a_dead_owners_clocks_do_not_wait_for_the_disk(path, lease, monkeypatch):
