@@ -157,12 +157,23 @@ def test_decisions_are_in_force_and_exported(serving, sent, fake):
         ("ray_agft_locked_sm_clock_mhz", 1200),
         ("ray_agft_sm_clock_mhz", 1200),
         ("ray_agft_tuner_tuning", 1),
-        ("ray_agft_clock_changes_total", 1),
     ]:
         found = wait_until(
             lambda name=name, value=value: by_replica(exported(app, name), value), 60, name
         )
         assert found == expected
+    # Once, or three times if load came first while nothing was known of it.
+    statuses.until(
+        lambda found: changes(app) == {r["replica"]: r["clock_changes"] for r in found} != {},
+        60,
+        "the changes of what is locked",
+    )
+
+
+def changes(app):
+    """The exported number of changes, by replica."""
+    series = exported(app, "ray_agft_clock_changes_total")
+    return {re.search(r'replica="([^"]*)"', labels)[1]: count for labels, count in series.items()}
 
 
 def by_replica(series, value):
