@@ -98,7 +98,7 @@ def _with_way_out(problem: str) -> str:
 
 def _unknown(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"there is no policy {name!r}{hint} Choose one of: {', '.join(known)}"
 
 

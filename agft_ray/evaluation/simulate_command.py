@@ -143,13 +143,15 @@ def specs_of(arguments: argparse.Namespace, scenario: Scenario) -> list[PolicySp
 
 
 def _refuse_clocks(spec: PolicySpec, arms: Sequence[int]) -> None:
-    """A clock below the lowest cannot be set; one above the highest is that."""
-    for name, value in dict(spec.settings or ()).items():
-        if name.endswith("sm_clock_mhz") and isinstance(value, int) and value < arms[0]:
-            raise ConfigError(
-                f"--policy {spec.label}",
-                [f"{name}: {value} is below what the GPU supports, {arms[0]}..{arms[-1]} MHz"],
-            )
+    """A clock outside the GPU's range cannot be set; one within is moved to its list."""
+    problems = [
+        f"{name}: {value} is outside what the GPU supports, {arms[0]}..{arms[-1]} MHz"
+        for name, value in dict(spec.settings or ()).items()
+        if name.endswith("sm_clock_mhz") and isinstance(value, int)
+        if not arms[0] <= value <= arms[-1]
+    ]
+    if problems:
+        raise ConfigError(f"--policy {spec.label}", problems)
 
 
 def _simulate(arguments: argparse.Namespace) -> int:

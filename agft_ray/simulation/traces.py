@@ -78,7 +78,9 @@ def _read(
         except ValueError as error:
             problem = f"{path}: line {number + format_.has_header}: {error}"
             if strict:
-                raise TraceError(f"{problem}; correct the line or skip broken ones") from None
+                raise TraceError(
+                    f"{problem}; correct it, or pass over it (--skip-broken)"
+                ) from None
             if on_skip is not None:
                 on_skip(problem)
     if reader.first is None:

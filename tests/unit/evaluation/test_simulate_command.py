@@ -80,7 +80,8 @@ def test_searches_and_slo_from_the_command_line(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--policy", "agftt"], "no policy 'agftt'; did you mean 'agft'?"),
-        (["--policy", "fixed:100"], "100 is below what the GPU supports, 210..2100 MHz"),
+        (["--policy", "fixed:100"], "100 is outside what the GPU supports, 210..2100 MHz"),
+        (["--policy", "pair:9999/900"], "9999 is outside what the GPU supports, 210..2100 MHz"),
         (["--policy", "volta"], "tpot_slo_s: required, and missing; give --slo-tpot S"),
         (["--gpu", "rtx_9999"], "no profile named 'rtx_9999', choose one of: a100_sxm_80gb"),
         (["--model", "gpt-9"], "choose one of: llama-3.1-8b"),
