@@ -177,7 +177,8 @@ def _replay(arguments: argparse.Namespace) -> int:
         timeout_s=arguments.timeout,
     )
     if arguments.json is not None:
-        trace = workload_options.workload_name(arguments.trace, arguments.workload, arguments.rate)
+        rate_per_s = workload_options.rate_per_s(arguments)
+        trace = workload_options.workload_name(arguments.trace, arguments.workload, rate_per_s)
         origin = {"trace": trace, "seed": arguments.seed, "keep": arguments.keep}
         write_runs(arguments.json, records_of_replay(result, comparison, **origin))
     return _exit_status(result)

@@ -79,8 +79,10 @@ def _report(calibration: Calibration) -> Iterator[str]:
     for what, fit in (("step time", calibration.step_time), ("power", calibration.power)):
         if fit is None:
             yield f"{what}: fewer than two lines, all as in {calibration.base}"
-        else:
-            yield from _fit_lines(what, fit)
+            continue
+        yield from _fit_lines(what, fit)
+        if not fit.fitted:
+            yield f"warning: {what}: none of it is identified, all as in {calibration.base}"
     if calibration.capped_rows:
         yield (
             f"{calibration.capped_rows} lines left out: at the power cap, so that their clock is "

@@ -27,6 +27,8 @@ SEARCHES = {
     LOWER_BOUND: "energy of every step at its best clock, queues ignored",
 }
 
+SHORT_FORMS = {"fixed": "fixed:1230", "pair": "pair:1500/1230 (prefill/decode)"}
+
 
 @dataclass(frozen=True, slots=True)
 class PolicySpec:
@@ -105,10 +107,13 @@ def _unknown(name: str, known: list[str]) -> str:
 def _settings(name: str, text: str, source: str) -> dict[str, Any]:
     if name == "fixed" and text.isdecimal():
         return {"sm_clock_mhz": int(text)}
-    if name == "pair" and "=" not in text:
+    if name == "pair":
         prefill, _, decode = text.partition("/")
         if prefill.isdecimal() and decode.isdecimal():
             return {"prefill_sm_clock_mhz": int(prefill), "decode_sm_clock_mhz": int(decode)}
+    if name in SHORT_FORMS and "=" not in text:
+        problem = f"{text!r}: must be in whole MHz, as in {SHORT_FORMS[name]}"
+        raise ConfigError(f"--policy {source}", [problem])
     return parse_settings(text, source=f"--policy {source}")
 
 

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 from agft_ray import __version__
 from agft_ray.config import parse
 from agft_ray.errors import AgftError, ConfigError
-from agft_ray.evaluation.workload_options import add_workload_options, parse_parameters
+from agft_ray.evaluation.workload_options import (
+    add_workload_options,
+    parse_parameters,
+    rate_per_s,
+    refuse_unused,
+)
 
 if TYPE_CHECKING:
     from agft_ray.evaluation.policy_specs import PolicySpec
@@ -40,10 +45,18 @@ def add_command(commands: Commands, *, ray_pool: MakeRayPool) -> None:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    simulate.add_argument("--gpu", default="rtx_a6000", help="profile: its name, or a YAML file")
-    simulate.add_argument("--model", default="llama-3.1-8b", help="one of the profile's")
     simulate.add_argument(
-        "--policy", action="append", default=[], metavar="NAME", help="repeatable; see below"
+        "--gpu", default="rtx_a6000", help="profile: its name (default: rtx_a6000), or a YAML file"
+    )
+    simulate.add_argument(
+        "--model", default="llama-3.1-8b", help="one of the profile's, default: llama-3.1-8b"
+    )
+    simulate.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="repeatable, default: agft; see below",
     )
     add_workload_options(simulate, several_seeds=True)
     simulate.add_argument("--duration", type=float, metavar="S", help="simulated seconds")
@@ -56,7 +69,10 @@ def add_command(commands: Commands, *, ray_pool: MakeRayPool) -> None:
 def _add_fleet_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument(
-        "--router", default="power_of_two", metavar="NAME", help="power_of_two or round_robin"
+        "--router",
+        default="power_of_two",
+        metavar="NAME",
+        help="power_of_two (default) or round_robin",
     )
     parser.add_argument("--engine", metavar="K=V,...", help="as in max_num_seqs=64")
     parser.add_argument("--slo-ttft", type=float, metavar="S", help="bound on each request's TTFT")
@@ -72,10 +88,18 @@ def _add_fleet_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--clock-step-mhz", type=int, default=90, metavar="MHZ", help="of frontier and best_static"
+        "--clock-step-mhz",
+        type=int,
+        default=90,
+        metavar="MHZ",
+        help="of frontier and best_static, default: 90",
     )
     parser.add_argument(
-        "--oracle-step-mhz", type=int, default=90, metavar="MHZ", help="of oracle_pair's search"
+        "--oracle-step-mhz",
+        type=int,
+        default=90,
+        metavar="MHZ",
+        help="of oracle_pair's search, default: 90",
     )
     parser.add_argument(
         "--oracle-objective", choices=["edp", "energy"], default="edp", help="default: edp"
@@ -105,13 +129,14 @@ def scenario_of(arguments: argparse.Namespace) -> Scenario:
     from agft_ray.evaluation.policy_specs import parse_settings
     from agft_ray.evaluation.scenario import Scenario
 
+    refuse_unused(arguments)
     engine = parse_settings(arguments.engine, source="--engine") if arguments.engine else {}
     values = {
         "gpu": arguments.gpu,
         "model": arguments.model,
         "trace": arguments.trace,
         "workload": arguments.workload,
-        "rate_per_s": arguments.rate,
+        "rate_per_s": rate_per_s(arguments),
         "parameters": parse_parameters(arguments.param),
         "keep": arguments.keep,
         "duration_s": arguments.duration,

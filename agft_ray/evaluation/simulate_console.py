@@ -154,8 +154,8 @@ def _spread(standing: PolicyStanding, metric: Metric) -> str:
 
 
 def _digits(scaled: float) -> int:
-    """After the point: three digits in all."""
-    return 0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2
+    """After the point: three digits in all, and none of nothing."""
+    return 0 if abs(scaled) >= 100 or not scaled else 1 if abs(scaled) >= 10 else 2
 
 
 def _value(value: float, metric: Metric, digits: int) -> str:
@@ -272,7 +272,7 @@ def _plain(
     def on_phase(name: str, runs: int) -> OnProgress:
         phase = _Phase(name, runs, duration_s)
         if runs:
-            write(f"{name}: {runs:,} runs")
+            write(f"{name}: {runs:,} run{'s' if runs > 1 else ''}")
 
         def on_progress(number: int, t_s: float) -> None:
             phase.at(number, t_s)

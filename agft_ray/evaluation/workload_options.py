@@ -34,12 +34,15 @@ def add_workload_options(parser: argparse.ArgumentParser, *, several_seeds: bool
         "one of AGFT's five: normal_load, long_context, long_generation, high_concurrency, "
         "high_cache_hit",
     )
-    parser.add_argument("--keep", type=float, default=1.0, help="share of the trace's requests")
+    parser.add_argument(
+        "--keep", type=float, default=1.0, metavar="SHARE", help="of the requests, default: 1, all"
+    )
     parser.add_argument(
         "--rate",
         type=float,
-        default=DEFAULT_RATE_PER_S,
-        help="requests per simulated second of the generated workload (without --trace)",
+        metavar="R",
+        help="requests per simulated second of the generated workload, "
+        f"default: {DEFAULT_RATE_PER_S:g}",
     )
     parser.add_argument(
         "--param",
@@ -80,6 +83,7 @@ def workload(
         if tell:
             print(f"skipped: {message}", file=sys.stderr)
 
+    refuse_unused(arguments)
     try:
         if arguments.trace is None:
             if duration_s is None:
@@ -93,6 +97,24 @@ def workload(
         raise AgftError(str(error)) from None
 
 
+def refuse_unused(arguments: argparse.Namespace) -> None:
+    """Raise `ConfigError` for settings of the generated workload beside a trace."""
+    given = {"--rate": arguments.rate is not None, "--param": bool(arguments.param)}
+    problems = [
+        f"{option}: sets the generated workload, and --trace names another; leave it out, or use "
+        "--keep for a share of the trace"
+        for option, is_given in given.items()
+        if arguments.trace is not None and is_given
+    ]
+    if problems:
+        raise ConfigError("workload", problems)
+
+
+def rate_per_s(arguments: argparse.Namespace) -> float:
+    """Requests per simulated second of the generated workload."""
+    return DEFAULT_RATE_PER_S if arguments.rate is None else float(arguments.rate)
+
+
 def workload_name(trace: str | None, workload: str, rate_per_s: float) -> str:
     """How records name it: the trace's file name, or the generated workload and its rate."""
     return Path(trace).name if trace else f"{workload}@{rate_per_s:g}"
@@ -101,7 +123,7 @@ def workload_name(trace: str | None, workload: str, rate_per_s: float) -> str:
 def _generated(arguments: argparse.Namespace) -> Iterable[Request]:
     from agft_ray.simulation.workloads import generate
 
-    settings = {"rate_per_s": arguments.rate, "seed": arguments.seed}
+    settings = {"rate_per_s": rate_per_s(arguments), "seed": arguments.seed}
     return generate(arguments.workload, **settings | parse_parameters(arguments.param))
 
 

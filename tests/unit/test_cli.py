@@ -139,6 +139,7 @@ def test_a_broken_trace_line_is_named_and_nothing_is_sent(tmp_path, capsys):
         (["--duration", "10", "--rate", "-1"], "rate"),
         (["--duration", "nan"], "duration"),
         (["--trace", __file__, "--keep", "2"], "keep"),
+        (["--trace", __file__, "--rate", "2"], "--rate: sets the generated workload"),
         (["--duration", "10", "--workload", "poison"], "did you mean 'poisson'?"),
         (["--duration", "10", "--workload", "gamma_burst", "--param", "cv=-1"], "cv: input"),
         (["--duration", "10", "--param", "cv"], "--param: must be KEY=VALUE, got 'cv'"),

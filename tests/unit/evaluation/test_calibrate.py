@@ -276,6 +276,13 @@ def test_command(tmp_path, capsys):
     assert profile.name == "mine"
     assert math.isclose(profile.power.idle_base_w, 38, rel_tol=0.1)
 
+    assert "warning" not in text
+
+    file.write_text(f"{lines[0]}\n1200,200,10,8,800,0,1\n1200,201,40,8,800,0,1\n")
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "warning: step time: none of it is identified, all as in rtx_a6000" in text
+
     assert main([*command[:-1], str(tmp_path / "mine.txt")]) == 2
     assert "must end in .yaml" in capsys.readouterr().err
     file.write_text(f"{lines[0]}\n5000,1,,1,,\n5000,1,,1,,\n")

@@ -51,10 +51,10 @@ def test_searches_have_no_settings(name):
         ("agft:alpha", "must be KEY=VALUE"),
         ("agft:alpha=[", "is not a value"),
         ("agft:", "must be KEY=VALUE"),
-        ("fixed:fast", "must be KEY=VALUE"),
+        ("fixed:1230MHz", "'1230MHz': must be in whole MHz, as in fixed:1230"),
         ("fixed", "needs sm_clock_mhz"),
         ("pid", "tpot_slo_s: required, and missing; give --slo-tpot S"),
-        ("pair:1500", "must be KEY=VALUE"),
+        ("pair:1500", "'1500': must be in whole MHz, as in pair:1500/1230"),
     ],
 )
 def test_what_is_wrong_is_named(text, words):
