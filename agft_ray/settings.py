@@ -13,9 +13,10 @@ from agft_ray.policy.fixed import FixedConfig
 from agft_ray.policy.registry import PolicyConfig
 from agft_ray.types import Actuator
 
-PUSH_INTERVAL_S = 0.1
-"""Wall time between pushes of engine statistics from the replica to its tuner."""
-MIN_PUSHES_PER_WINDOW = 2
+MIN_PUSH_INTERVAL_S, MAX_PUSH_INTERVAL_S = 0.1, 0.25
+"""Wall time between pushes of engine statistics from the replica to its tuner: each costs either
+about 2 ms of a core; and a replica that is silent for seconds is taken to hang."""
+PUSHES_PER_WINDOW, MIN_PUSHES_PER_WINDOW = 8, 2
 STALE_AFTER_S = 2.0
 STALE_PUSHES = 5
 
@@ -97,9 +98,16 @@ class TunerConfig(StrictModel):
             raise ValueError("; ".join(problems))
         return self
 
+    def push_interval_s(self, speed: float) -> float:
+        """Wall time between pushes of the engine's statistics, at a clock that runs `speed` times
+        faster: eight in a window, within bounds."""
+        interval_s = self.window_s / (speed * PUSHES_PER_WINDOW)
+        return min(max(interval_s, MIN_PUSH_INTERVAL_S), MAX_PUSH_INTERVAL_S)
+
     def stale_limit_s(self, speed: float) -> float:
         """`stale_after_s`, or its default at a clock that runs `speed` times faster."""
-        return self.stale_after_s or max(STALE_AFTER_S, STALE_PUSHES * PUSH_INTERVAL_S * speed)
+        pushes_s = STALE_PUSHES * self.push_interval_s(speed) * speed
+        return self.stale_after_s or max(STALE_AFTER_S, pushes_s)
 
     def arms(
         self, supported: Sequence[int], actuator: Actuator = Actuator.SM_CLOCK
@@ -139,20 +147,21 @@ def check_pushes(config: TunerConfig, *, speed: float) -> None:
     """Refuse a speed at which a window would hold fewer than two engine pushes, or the engine's
     statistics would be stale before the next push.
 
-    Pushes come every `PUSH_INTERVAL_S` of wall time, `config.window_s` is the loop's time, which
-    runs `speed` times faster. Raises `ValueError`.
+    Pushes are apart in wall time, `config.window_s` is the loop's time, which runs `speed` times
+    faster. Raises `ValueError`.
     """
-    pushes = config.window_s / (speed * PUSH_INTERVAL_S)
+    interval_s = config.push_interval_s(speed)
+    pushes = config.window_s / (speed * interval_s)
     if pushes < MIN_PUSHES_PER_WINDOW:
-        fastest = config.window_s / (MIN_PUSHES_PER_WINDOW * PUSH_INTERVAL_S)
-        shortest_s = speed * PUSH_INTERVAL_S * MIN_PUSHES_PER_WINDOW
+        fastest = config.window_s / (MIN_PUSHES_PER_WINDOW * interval_s)
+        shortest_s = speed * interval_s * MIN_PUSHES_PER_WINDOW
         raise ValueError(
-            f"speed {speed:g} leaves {pushes:.2g} engine pushes ({PUSH_INTERVAL_S:g} s of wall "
+            f"speed {speed:g} leaves {pushes:.2g} engine pushes ({interval_s:g} s of wall "
             f"time apart) in a window of {config.window_s:g} s, at least {MIN_PUSHES_PER_WINDOW} "
             f"are needed; use a speed of at most {fastest:g} or a window_s of at least "
             f"{shortest_s:g}"
         )
-    push_s = speed * PUSH_INTERVAL_S
+    push_s = speed * interval_s
     if config.stale_limit_s(speed) < 2 * push_s:
         raise ValueError(
             f"stale_after_s ({config.stale_after_s:g}) is less than two engine pushes at speed "

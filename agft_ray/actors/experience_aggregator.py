@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
-
+from agft_ray.actors.background import background_actor
 from agft_ray.actors.names import AGGREGATOR, NAMESPACE
 from agft_ray.clock import WallClock
 from agft_ray.priors.store import ExperienceStore, FleetReply, ReplicaReport
@@ -33,16 +32,12 @@ class ExperienceAggregator:
 
 def get_aggregator() -> Any:
     """A handle to the cluster's aggregator, which is started if there is none yet."""
-    return (
-        ray.remote(ExperienceAggregator)
-        .options(
-            name=AGGREGATOR,
-            namespace=NAMESPACE,
-            get_if_exists=True,
-            lifetime="detached",
-            num_cpus=0,
-            max_restarts=-1,
-            max_concurrency=100,
-        )
-        .remote()
-    )
+    return background_actor(
+        ExperienceAggregator,
+        name=AGGREGATOR,
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        max_concurrency=100,
+    ).remote()

@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from agft_ray.actors.background import background_actor
 from agft_ray.actors.experience_aggregator import get_aggregator
 from agft_ray.actors.messages import EnginePush, TunerReply, TunerSpec
 from agft_ray.actors.metrics_scraper import get_scraper, report_interval_s
@@ -30,7 +30,9 @@ from agft_ray.types import Experience, GpuSample, Mode, PriorKey
 log = logging.getLogger(__name__)
 
 GOSSIP_INTERVAL_S = 1.0
-"""Wall time between reports to the aggregator, and between reads of Ray's metrics."""
+"""Wall time between reports to the aggregator."""
+READS_PER_REPORT = 4
+"""How often the node's scraper, which reads Ray's metrics when they are reported, is asked."""
 GOSSIP_TIMEOUT_S = 5.0
 MAX_METRICS_AGE_INTERVALS = 3.0
 """Ray's metrics older than this many report intervals count as missing."""
@@ -82,8 +84,12 @@ class FrequencyTuner:
         if loop.tuner and loop.tuner.waits_for_work and is_busy:
             loop.wake()
         if not self._gossip:
-            talks = (self._read_ray_metrics, self._report)
-            self._gossip = [asyncio.create_task(self._repeat(talk)) for talk in talks]
+            read_interval_s = max(GOSSIP_INTERVAL_S, report_interval_s() / READS_PER_REPORT)
+            talks = (
+                self._repeat(self._read_ray_metrics, read_interval_s),
+                self._repeat(self._report, GOSSIP_INTERVAL_S),
+            )
+            self._gossip = [asyncio.create_task(talk) for talk in talks]
         return TunerReply(
             self._role(),
             loop.config_version,
@@ -102,15 +108,15 @@ class FrequencyTuner:
 
     # -- gossip --------------------------------------------------------------------------------
 
-    async def _repeat(self, talk: Callable[[], Awaitable[None]]) -> None:
-        """Do something every second, whatever becomes of it, until the replica lets go."""
+    async def _repeat(self, talk: Callable[[], Awaitable[None]], interval_s: float) -> None:
+        """Do something again and again, whatever becomes of it, until the replica lets go."""
         while not self._loop.released:
             try:
                 await asyncio.wait_for(talk(), GOSSIP_TIMEOUT_S)
             except Exception as error:
                 self._scraper = self._aggregator = None
                 log.warning("%s: %r", talk.__name__.strip("_"), error)
-            await asyncio.sleep(GOSSIP_INTERVAL_S)
+            await asyncio.sleep(interval_s)
 
     async def _read_ray_metrics(self) -> None:
         self._scraper = self._scraper or get_scraper()
@@ -231,13 +237,5 @@ def start_tuner(spec: TunerSpec) -> Any:
     The actor is the caller's child: Ray ends it when the caller's process ends.
     """
     node_id = ray.get_runtime_context().get_node_id()
-    return (
-        ray.remote(FrequencyTuner)
-        .options(
-            num_cpus=0,
-            max_restarts=-1,
-            max_concurrency=16,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        )
-        .remote(spec)
-    )
+    options = {"max_restarts": -1, "max_concurrency": 16}
+    return background_actor(FrequencyTuner, node_id=node_id, **options).remote(spec)

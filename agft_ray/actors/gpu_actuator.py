@@ -6,10 +6,9 @@ import dataclasses
 import time
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from agft_ray.actors.background import background_actor
 from agft_ray.clock import Clock
 from agft_ray.errors import GpuError, GpuTransientError
 from agft_ray.gpu.registry import GpuSpec, open_gpu
@@ -59,9 +58,8 @@ class RemoteGpu:
 
     def __init__(self, node_id: str, spec: GpuSpec, clock: Clock, owner: str) -> None:
         self._node_id, self._clock = node_id, clock
-        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": strategy}
-        self._actuator: Any = ray.remote(GpuActuator).options(**options).remote(spec, owner)
+        actuator = background_actor(GpuActuator, node_id=node_id, max_restarts=-1)
+        self._actuator: Any = actuator.remote(spec, owner)
         described = self._call("describe", timeout_s=START_TIMEOUT_S)
         self.uuid, self.model, self.actuator, self.arms = described
         self._round_trip_s = float("inf")

@@ -47,7 +47,7 @@ class TunerSpec:
 
 @dataclass(frozen=True, slots=True)
 class EnginePush:
-    """What a replica tells its tuner ten times a second.
+    """What a replica tells its tuner some times a second.
 
     `sample` is None while the engine's statistics cannot be had; `figures` are further facts for
     the status page; `config` comes along until the tuner has answered with its version.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from agft_ray.actors.background import background_actor
 from agft_ray.actors.names import NAMESPACE, scraper_name
 from agft_ray.telemetry.ray_metrics import ReplicaSeries, parse
 
@@ -86,15 +86,11 @@ def get_scraper() -> Any:
     """
     node_id = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
-    return (
-        ray.remote(MetricsScraper)
-        .options(
-            name=scraper_name(node_id),
-            namespace=NAMESPACE,
-            get_if_exists=True,
-            num_cpus=0,
-            max_concurrency=64,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        )
-        .remote(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
-    )
+    return background_actor(
+        MetricsScraper,
+        node_id=node_id,
+        name=scraper_name(node_id),
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        max_concurrency=64,
+    ).remote(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")

@@ -28,7 +28,7 @@ from agft_ray.errors import (
 )
 from agft_ray.gpu.gpu_config import NvmlGpuConfig
 from agft_ray.gpu.registry import GpuSpec
-from agft_ray.settings import PUSH_INTERVAL_S, TunerConfig, check_pushes
+from agft_ray.settings import TunerConfig, check_pushes
 from agft_ray.types import EngineSample
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ NO_GPU = "the replica has no GPU; give it one with num_gpus, or name some in gpu
 PUSH_RETRY_S = 0.2
 """Pause after a push that failed: a tuner that Ray has restarted waits for its settings, and what
 its predecessor has left locked with it, where the guard was killed as well."""
+OFF_PUSH_INTERVAL_S = 1.0
+"""While the tuner is to do nothing."""
 RETRY_S = 1.0
 MAX_RETRY_S = 30.0
 
@@ -231,10 +233,15 @@ class TunerLink:
                 is_away = True
                 self._confirmed_version = -1  # what comes back is a new one
                 await asyncio.sleep(PUSH_RETRY_S)
-            due_s = max(due_s + PUSH_INTERVAL_S, time.monotonic())
+            due_s = max(due_s + self._push_interval_s(), time.monotonic())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), due_s - time.monotonic())
             self._wake.clear()
+
+    def _push_interval_s(self) -> float:
+        if self._config.mode == "off":
+            return OFF_PUSH_INTERVAL_S
+        return self._config.push_interval_s(self.clock.speed)
 
     async def _push(self) -> None:
         version = self._config_version
@@ -270,8 +277,9 @@ def attach_tuner(
     """Give the Serve replica whose constructor calls this a tuner of its own.
 
     Args:
-        stats: reads the engine's statistics, given the time to stamp them with; called ten times
-            a second on the replica's event loop, so it must be quick (see `EngineStats.sample`).
+        stats: reads the engine's statistics, given the time to stamp them with; called up to ten
+            times a second on the replica's event loop, so it must be quick (see
+            `EngineStats.sample`).
             Raises `StaleMetricsError`, saying why, while it does not know them.
         gpu: the GPUs to tune: a `NvmlGpuConfig` or `ZeusdGpuConfig` for the NVIDIA GPUs that Ray
             has given the replica (or those it names), or what `claim_simulated_gpu` returned.

@@ -36,6 +36,23 @@ def test_a_user_config_survives_its_way_through_json():
     assert parse(TunerConfig, config.model_dump(), source="user_config") == config
 
 
+@pytest.mark.parametrize(
+    ("window_s", "speed", "interval_s"),
+    [(1.2, 1.0, 0.15), (2.4, 2.0, 0.15), (0.5, 1.0, 0.1), (2.0, 10.0, 0.1), (2.0, 1.0, 0.25)],
+)
+def test_eight_pushes_a_window_within_bounds(window_s, speed, interval_s):
+    config = TunerConfig(window_s=window_s)
+    assert config.push_interval_s(speed) == pytest.approx(interval_s)
+    assert TunerConfig(window_s=60.0).push_interval_s(1.0) == 0.25
+
+
+def test_statistics_that_would_never_be_fresh_are_refused():
+    config = TunerConfig(stale_after_s=0.4)
+    with pytest.raises(ValueError, match=r"stale_after_s \(0.4\) is less than two engine pushes"):
+        check_pushes(config, speed=1.0)
+    check_pushes(TunerConfig(stale_after_s=0.5), speed=1.0)
+
+
 def test_speed_that_leaves_too_few_pushes_is_refused():
     config = TunerConfig(window_s=2.0)
     check_pushes(config, speed=10.0)

@@ -56,7 +56,7 @@ def context(monkeypatch):
     monkeypatch.setattr(colocation, "own_gpu_amounts", lambda bundles: (1.0,))
     monkeypatch.setattr(colocation, "RETRY_S", 0.02)
     monkeypatch.setattr(colocation, "PUSH_RETRY_S", 0.02)
-    monkeypatch.setattr(colocation, "PUSH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(TunerConfig, "push_interval_s", lambda config, speed: 0.01)
     return context
 
 
@@ -181,6 +181,21 @@ def test_a_tuner_that_says_it_has_none_is_given_the_settings(started):
         await until(lambda: tuner.versions[-1:] == [None], "confirmed settings")
         tuner.says = {"config_version": -1}
         await until(lambda: tuner.versions[-1] == 0, "the settings again")
+        await link.close()
+
+    run(act)
+
+
+def test_a_tuner_that_is_off_is_told_little_until_it_is_to_work(started):
+    async def act():
+        tuner = started.tuner
+        link = attach(config={"mode": "off"})
+        await until(lambda: tuner.pushes, "the settings")
+        await asyncio.sleep(0.2)
+        assert len(tuner.pushes) == 1
+        link.reconfigure({"mode": "observe"})
+        await until(lambda: len(tuner.pushes) > 5, "pushes")
+        assert 1 in tuner.versions
         await link.close()
 
     run(act)
