@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agft_ray.settings import TunerConfig
     from agft_ray.tuner import Tuner
 
-__version__ = "0.4.0"
+__version__ = "0.4.1"
 
 __all__ = [
     "EngineStats",

@@ -121,7 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     vllm = kinds.add_parser("vllm", help="vLLM with tuner against without (Ray, vLLM on the CPU)")
     vllm.add_argument("model", type=Path, help="folder of a model, see examples/tiny_model.py")
     vllm.add_argument("--blocks", type=int, default=20, help="blocks of each side")
-    vllm.add_argument("--block-s", type=float, default=5.0, metavar="S")
+    vllm.add_argument("--block-s", type=float, default=10.0, metavar="S", help="default: 10")
+    vllm.add_argument(
+        "--window", type=float, default=2.0, metavar="S", help="a tuner's window, default: 2"
+    )
+    vllm.add_argument(
+        "--executor", choices=["uni", "mp"], default="uni", help="vLLM's; default: uni"
+    )
     vllm.add_argument("--seed", type=int, default=0)
     vllm.set_defaults(command=_bench_vllm)
 
@@ -290,5 +296,7 @@ def _bench_vllm(arguments: argparse.Namespace) -> int:
         arguments.model,
         blocks=arguments.blocks,
         block_s=arguments.block_s,
+        window_s=arguments.window,
+        executor=arguments.executor,
         seed=arguments.seed,
     )

@@ -33,7 +33,7 @@ class CpuUsage:
     def add(self, before: dict[int, tuple[str, float]], after: Any, elapsed_s: float) -> None:
         self.elapsed_s += elapsed_s
         for pid, (name, seconds) in after.items():
-            used = seconds - before.get(pid, (name, seconds))[1]
+            used = seconds - before.get(pid, (name, 0.0))[1]  # one that is new has used it all
             self.seconds[name] = self.seconds.get(name, 0.0) + used
 
     def __str__(self) -> str:

@@ -19,12 +19,18 @@ import ray
 import yaml
 
 from agft_ray.actors.metrics_scraper import INTERVAL_VARIABLE
+from agft_ray.config import parse
 from agft_ray.errors import AgftError
 from agft_ray.evaluation.bench import versions
-from agft_ray.serve.bench_tools import WINDOW_WALL_S, CpuUsage, cpu_seconds, median_interval, say
+from agft_ray.serve.bench_tools import CpuUsage, cpu_seconds, median_interval, say
 from agft_ray.serve.bench_vllm_engine import BENCH, CLIENTS, SIDES, Block
 from agft_ray.serve.local_cluster import free_port, serve_run
+from agft_ray.settings import TunerConfig
 
+BLOCK_S = 10.0
+"""As long as the interval of Ray's metrics, so that each block of a tuner has one reading of them,
+which is a burst of work."""
+WINDOW_S = float(TunerConfig.model_fields["window_s"].default)
 WARM_UP_S = 1.5
 """Load on a block's engine before it is measured: an idle tuner has taken up its work by then."""
 SETTLE_S = 4.0
@@ -40,6 +46,11 @@ FIGURES: tuple[tuple[str, Callable[[Block], float], Callable[[float], bool]], ..
 )
 """What is compared, and which median is good enough."""
 ANSWER_TIMEOUT_S = 60.0
+EXECUTORS = {
+    "uni": "the model in the engine core's process, as with one GPU",
+    "mp": "in a process of its own; both spin while one waits for the other, and fill two cores",
+}
+"""vLLM's executors; `mp` is its choice on the CPU."""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -47,12 +58,22 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCH_COMPILE_DISABLE": "1",
 }
+UNI_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Lets vLLM use that executor on the CPU; its OpenMP threads are set above."""
 REPORT_INTERVAL_S = 10.0
 """Of Ray's metrics, which a tuner reads as often: Ray's default. Each reading takes the agent of
 the node 0.1 to 0.2 s, which two cores feel if it is every second, as in our demo and tests."""
 
 
-def bench_vllm(model: Path, *, blocks: int = 20, block_s: float = 5.0, seed: int = 0) -> int:
+def bench_vllm(
+    model: Path,
+    *,
+    blocks: int = 20,
+    block_s: float = BLOCK_S,
+    window_s: float = WINDOW_S,
+    executor: str = "uni",
+    seed: int = 0,
+) -> int:
     """vLLM with a tuner against vLLM without, three engines loaded in alternating blocks.
 
     The third has a tuner, and does not time its steps: what that costs is told apart. Each engine
@@ -66,42 +87,47 @@ def bench_vllm(model: Path, *, blocks: int = 20, block_s: float = 5.0, seed: int
         model: directory of a small model.
         blocks: blocks of each side, one a round.
         block_s: wall seconds of a block that are measured.
+        window_s: length of a tuner's window.
+        executor: vLLM's, one of `EXECUTORS`.
         seed: of the order within rounds, the requests and the bootstrap.
 
     Returns 1 if a target is missed, else 0. Raises `AgftError` for bad arguments, an engine that
     does not start and a tuner not at work.
     """
-    _check(blocks, block_s)
+    _check(blocks, block_s, window_s)
     print(
         f"{versions()}, Ray {ray.__version__}, vLLM {importlib.metadata.version('vllm')}, "
         f"{os.cpu_count()} CPUs, seed {seed}\n"
         f"{CLIENTS} closed-loop clients, {blocks} rounds of a block of {block_s:g} s each side, "
-        f"window {WINDOW_WALL_S:g} s, Ray's metrics every {REPORT_INTERVAL_S:g} s",
+        f"window {window_s:g} s, Ray's metrics every {REPORT_INTERVAL_S:g} s",
+        f"executor {executor}: {EXECUTORS[executor]}",
         *(f"side {side}: {what}" for side, what in SIDES.items()),
         sep="\n",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="agft-bench-") as directory:
         path = Path(directory) / "bench.yaml"
-        path.write_text(yaml.safe_dump(_config(model)))
+        path.write_text(yaml.safe_dump(_config(model, executor, window_s)))
         log_path = Path(directory) / "serve.log"
         interval = {INTERVAL_VARIABLE: f"{REPORT_INTERVAL_S * 1e3:.0f}"}
-        environment = ENVIRONMENT | interval
+        environment = ENVIRONMENT | interval | (UNI_ENVIRONMENT if executor == "uni" else {})
         with serve_run(path, None, log_path, environment=environment, on_wait=say) as running:
             bench = _Bench(running.url, block_s)
             bench.run(blocks, seed)
     return bench.print_summary(seed)
 
 
-def _check(blocks: int, block_s: float) -> None:
+def _check(blocks: int, block_s: float, window_s: float) -> None:
     if blocks < 1:
         raise AgftError(f"--blocks: {blocks} is not a positive number of blocks")
     if not block_s > 0:
         raise AgftError(f"--block-s: {block_s:g} is not a positive number of seconds")
+    parse(TunerConfig, {"window_s": window_s}, source="--window")
 
 
-def _config(model: Path) -> dict[str, Any]:
+def _config(model: Path, executor: str, window_s: float) -> dict[str, Any]:
     """For `serve run`: one application a side."""
+    args = {"model": str(model.resolve()), "executor": executor, "window_s": window_s}
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": free_port()},
@@ -110,7 +136,7 @@ def _config(model: Path) -> dict[str, Any]:
                 "name": f"{BENCH}-{side}",
                 "route_prefix": f"/{side}",
                 "import_path": "agft_ray.serve.bench_vllm_engine:build_replica",
-                "args": {"model": str(model.resolve()), "side": side},
+                "args": args | {"side": side},
             }
             for side in SIDES
         ],

@@ -19,7 +19,6 @@ from agft_ray.actors.experience_aggregator import get_aggregator
 from agft_ray.errors import AgftError
 from agft_ray.gpu.gpu_config import SimulatedGpuConfig
 from agft_ray.gpu.registry import claim_simulated_gpu
-from agft_ray.serve.bench_tools import WINDOW_WALL_S
 from agft_ray.serve.colocation import TunerLink, attach_tuner
 from agft_ray.serve.vllm_stats import VllmStats
 
@@ -51,7 +50,7 @@ ENGINE: dict[str, Any] = {
     "enable_chunked_prefill": False,
     "max_num_batched_tokens": 1024,
 }
-"""As in configs/vllm_cpu.yaml."""
+"""As in configs/vllm_cpu.yaml, but for the executor."""
 
 Generate = Callable[[list[int], int, str], AsyncIterator[int]]
 """Given a prompt's token ids, how many tokens to give out and a request id, yields how many tokens
@@ -136,9 +135,12 @@ async def measure(generate: Generate, *, seed: int, warm_up_s: float, block_s: f
 class VllmReplica:
     """An `AsyncLLM` with vLLM's default statistics; on tuned sides it reports to tuners, too."""
 
-    async def __init__(self, model: str, side: str) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, model: str, side: str, executor: str, window_s: float
+    ) -> None:
         from agft_ray.serve import vllm_plugin
 
+        self._window_s = window_s
         self._is_tuned = side != "without"
         self._stats = VllmStats()
         self._tuner: TunerLink | None = None
@@ -146,7 +148,10 @@ class VllmReplica:
         self._gpu = claim_simulated_gpu(SimulatedGpuConfig(), application=BENCH, model=GPU_LOAD)
         with self._stats.registered() if self._is_tuned else contextlib.nullcontext():
             self._engine = vllm_plugin.start_engine(
-                model=model, enable_logging_iteration_details=side == "with", **ENGINE
+                model=model,
+                distributed_executor_backend=executor,
+                enable_logging_iteration_details=side == "with",
+                **ENGINE,
             )
         self._generate = functools.partial(vllm_plugin.token_counts, self._engine)
 
@@ -175,7 +180,7 @@ class VllmReplica:
             self._stats.sample,
             gpu=self._gpu,
             engine_model=BENCH,
-            config={"mode": "control", "policy": POLICY, "window_s": WINDOW_WALL_S},
+            config={"mode": "control", "policy": POLICY, "window_s": self._window_s},
             figures=lambda: {"number": self._tuners},
         )
         deadline_s = time.monotonic() + TUNER_START_TIMEOUT_S

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from agft_ray.errors import AgftError
+from agft_ray.serve.bench_tools import CpuUsage
 from agft_ray.serve.bench_vllm import (
     ENVIRONMENT,
     SIDES,
@@ -206,11 +207,22 @@ def test_the_exit_status_is_1_if_a_target_is_missed(tokens_per_s, status, capsys
 
 @pytest.mark.parametrize(
     ("options", "problem"),
-    [({"blocks": 0}, "--blocks: 0"), ({"block_s": 0.0}, "--block-s: 0"), ({"block_s": -1.0}, "-1")],
+    [
+        ({"blocks": 0}, "--blocks: 0"),
+        ({"block_s": 0.0}, "--block-s: 0"),
+        ({"block_s": -1.0}, "-1"),
+        ({"window_s": 0.1}, "window_s: input should be greater than or equal to 0.5, got 0.1"),
+    ],
 )
 def test_bad_arguments_are_refused(options, problem):
     with pytest.raises(AgftError, match=problem):
         bench_vllm(Path("model"), **options)
+
+
+def test_a_process_that_began_within_a_block_has_used_all_its_time_in_it():
+    usage = CpuUsage()
+    usage.add({1: ("Tuner", 3.0)}, {1: ("Tuner", 3.5), 2: ("IDLE", 1.0)}, 10.0)
+    assert str(usage) == "IDLE 10.0%, Tuner 5.0%"
 
 
 def test_engine_and_environment_are_those_of_the_shipped_config(request):
