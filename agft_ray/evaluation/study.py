@@ -162,7 +162,7 @@ class Study:
     def _ordered(self, records: Sequence[RunRecord]) -> list[RunRecord]:
         """Default clocks, named policies in their order, the static frontier by clock, searches."""
         labels = [spec.label for spec in self.specs if spec.settings]
-        order = {label: place for place, label in enumerate([DEFAULT, *labels])}
+        order = {label: place for place, label in enumerate(dict.fromkeys([DEFAULT, *labels]))}
         last = {label: len(order) + 1 + place for place, label in enumerate(SEARCHES)}
         seeds = {seed: place for place, seed in enumerate(self.seeds)}
 

@@ -55,6 +55,13 @@ def test_a_comparison_from_the_command_line(tmp_path, capsys):
     assert (tmp_path / "rows" / "runs.json").read_text() == (tmp_path / "out.json").read_text()
 
 
+@pytest.mark.parametrize("named", [["default"], ["fixed:1230", "default"]])
+def test_default_clocks_come_first_wherever_they_are_named(tmp_path, named):
+    options = [word for policy in named for word in ("--policy", policy)]
+    policies = [run["policy"] for run in simulated(tmp_path, *options)]
+    assert policies == ["default", *(policy for policy in named if policy != "default")]
+
+
 def test_searches_and_slo_from_the_command_line(tmp_path, capsys):
     arguments = ["--policy", "best_static", "--policy", "frontier", "--clock-step-mhz", "630"]
     runs = simulated(tmp_path, *arguments, "--slo-ttft", "1", "--slo-tpot", "0.05", "--details")
