@@ -102,6 +102,17 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", type=Path, default=Path("replay.svg"), help="svg, png or pdf")
     plot.set_defaults(command=_plot)
 
+    _add_bench(commands)
+    gpu_commands.add_commands(commands)
+    simulate_command.add_command(commands, ray_pool=simulate_on_ray.ray_pool)
+    status_command.add_command(commands)
+    report_command.add_command(commands)
+    fetch_data.add_command(commands)
+    calibrate_command.add_command(commands)
+    return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser("bench", help="what the tuner costs")
     kinds = bench.add_subparsers(required=True, metavar="WHAT")
     decision = kinds.add_parser("decision", help="time of one control step (no Ray)")
@@ -130,14 +141,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     vllm.add_argument("--seed", type=int, default=0)
     vllm.set_defaults(command=_bench_vllm)
-
-    gpu_commands.add_commands(commands)
-    simulate_command.add_command(commands, ray_pool=simulate_on_ray.ray_pool)
-    status_command.add_command(commands)
-    report_command.add_command(commands)
-    fetch_data.add_command(commands)
-    calibrate_command.add_command(commands)
-    return parser
 
 
 def _validate(arguments: argparse.Namespace) -> int:
