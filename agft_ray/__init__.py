@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agft_ray.engine_stats import EngineStats
-    from agft_ray.gpu.gpu_config import NvmlGpuConfig, SimulatedGpuConfig, ZeusdGpuConfig
+    from agft_ray.gpu.config import NvmlGpuConfig, SimulatedGpuConfig, ZeusdGpuConfig
     from agft_ray.gpu.registry import claim_simulated_gpu
     from agft_ray.serve import TunerLink, attach_tuner, build_app
     from agft_ray.settings import TunerConfig
+    from agft_ray.telemetry.counters import EngineStats
     from agft_ray.tuner import Tuner
 
 __version__ = "0.4.1"
@@ -33,13 +33,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EngineStats": "engine_stats",
-    "NvmlGpuConfig": "gpu.gpu_config",
-    "SimulatedGpuConfig": "gpu.gpu_config",
+    "EngineStats": "telemetry.counters",
+    "NvmlGpuConfig": "gpu.config",
+    "SimulatedGpuConfig": "gpu.config",
     "Tuner": "tuner",
     "TunerConfig": "settings",
     "TunerLink": "serve",
-    "ZeusdGpuConfig": "gpu.gpu_config",
+    "ZeusdGpuConfig": "gpu.config",
     "attach_tuner": "serve",
     "build_app": "serve",
     "claim_simulated_gpu": "gpu.registry",

@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from agft_ray.config import Count, NonNegative, Positive, StrictModel
-from agft_ray.policy.agft_config import AgftConfig
-from agft_ray.policy.fixed import FixedConfig
+from agft_ray.policy.agft.config import AgftConfig
+from agft_ray.policy.baselines.fixed import FixedConfig
 from agft_ray.policy.registry import PolicyConfig
 from agft_ray.types import Actuator
 

@@ -18,8 +18,8 @@ from agft_ray.policy.base import Policy
 from agft_ray.policy.registry import build_policy
 from agft_ray.policy.reward import DELAY_EXPONENTS, Reward
 from agft_ray.settings import TunerConfig
-from agft_ray.telemetry.engine_inbox import EngineInbox
 from agft_ray.telemetry.features import extract
+from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.telemetry.windows import WindowRejectedError, close_window
 from agft_ray.types import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from agft_ray.gpu.nvml import list_devices
+from agft_ray.gpu.nvml.backend import list_devices
 
 Step = Callable[[], None]
 """One step of the whole batch, over when it returns."""

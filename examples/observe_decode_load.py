@@ -26,16 +26,16 @@ from pathlib import Path
 from decode_load import Load, Step, TorchLoad
 
 from agft_ray.clock import WallClock
-from agft_ray.engine_stats import EngineStats
+from agft_ray.doctor.examine import Question, examine
+from agft_ray.doctor.text import lines as doctor_lines
 from agft_ray.errors import AgftError
 from agft_ray.gpu.base import Gpu
-from agft_ray.gpu.doctor import Question, examine
-from agft_ray.gpu.doctor_text import lines as doctor_lines
 from agft_ray.gpu.identity import visible_uuids
-from agft_ray.gpu.nvml import NvmlGpu, driver_versions, list_devices
+from agft_ray.gpu.nvml.backend import NvmlGpu, driver_versions, list_devices
 from agft_ray.gpu.probe import watch_energy_counter
 from agft_ray.settings import TunerConfig
-from agft_ray.telemetry.engine_inbox import EngineInbox
+from agft_ray.telemetry.counters import EngineStats
+from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import Tuner, WindowRecord
 from agft_ray.types import Actuator, EngineSample, EventReason, GpuSample, Window

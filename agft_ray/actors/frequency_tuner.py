@@ -21,8 +21,8 @@ from agft_ray.actors.tuner_status import engine_figures, gpu_figures, tuner_figu
 from agft_ray.errors import GpuError
 from agft_ray.policy.reward import REWARD_SCHEMA
 from agft_ray.priors.store import ReplicaReport
-from agft_ray.telemetry.engine_inbox import EngineInbox
 from agft_ray.telemetry.features import FEATURE_SCHEMA
+from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics, to_sample
 from agft_ray.tuner import Tuner, WindowRecord
 from agft_ray.types import Experience, GpuSample, Mode, PriorKey

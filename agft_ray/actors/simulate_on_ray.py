@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from agft_ray.errors import AgftError
-from agft_ray.evaluation.pool import OnProgress, Pool, Report
+from agft_ray.study.pool import OnProgress, Pool, Report
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -15,7 +15,7 @@ from agft_ray.gpu.group import GpuGroup
 from agft_ray.gpu.leased import LeasedGpu
 from agft_ray.gpu.registry import open_gpu
 from agft_ray.settings import TunerConfig
-from agft_ray.telemetry.engine_inbox import EngineInbox
+from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import Tuner, WindowRecord
 

@@ -10,8 +10,8 @@ from typing import Protocol
 from agft_ray.errors import GpuError, LeaseLostError
 from agft_ray.gpu.base import Gpu
 from agft_ray.gpu.group import GpuGroup
-from agft_ray.gpu.guard import Guard
-from agft_ray.gpu.lease import Lease, sweep
+from agft_ray.gpu.safety.guard import Guard
+from agft_ray.gpu.safety.lease import Lease, sweep
 from agft_ray.types import Actuator, GpuSample
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from agft_ray.clock import Clock, WallClock
 from agft_ray.errors import ConfigError, GpuLostError
-from agft_ray.gpu.gpu_config import NvmlGpuConfig, SimulatedGpuConfig, ZeusdGpuConfig
-from agft_ray.gpu.lease import default_directory
+from agft_ray.gpu.config import NvmlGpuConfig, SimulatedGpuConfig, ZeusdGpuConfig
 from agft_ray.gpu.leased import LeasableGpu, LeasedGpu
+from agft_ray.gpu.safety.lease import default_directory
 from agft_ray.gpu.simulated import SimulatedGpu
-from agft_ray.gpu.zeusd import ZeusdClient, ZeusdWriter
+from agft_ray.gpu.zeusd.backend import ZeusdClient, ZeusdWriter
 from agft_ray.simulation.device_file import DeviceFile
 from agft_ray.simulation.profiles import load_gpu_profile
 from agft_ray.types import Actuator
@@ -62,7 +62,7 @@ def open_gpu(spec: GpuSpec, *, owner: str) -> LeasedGpu:
 
 
 def _open_nvml(uuid: str, config: NvmlGpuConfig) -> LeasableGpu:
-    from agft_ray.gpu.nvml import NvmlGpu, list_devices
+    from agft_ray.gpu.nvml.backend import NvmlGpu, list_devices
 
     writer = None
     if isinstance(config, ZeusdGpuConfig):

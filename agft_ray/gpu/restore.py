@@ -21,7 +21,7 @@ from agft_ray.errors import (
     GpuNotSupportedError,
     LeaseHeldError,
 )
-from agft_ray.gpu.nvml_errors import gpu_error
+from agft_ray.gpu.nvml.errors import gpu_error
 
 Target = dict[str, Any]
 
@@ -122,7 +122,7 @@ def prepare(backend: str) -> None:
     if backend == "nvml":
         _library()
     elif backend == "zeusd":
-        import agft_ray.gpu.zeusd
+        import agft_ray.gpu.zeusd.backend
     else:
         import agft_ray.simulation.device_file  # noqa: F401
 
@@ -145,7 +145,7 @@ def _by_request(target: Target) -> None:
 
 
 def _by_zeusd(target: Target) -> None:
-    from agft_ray.gpu.zeusd import ZeusdClient
+    from agft_ray.gpu.zeusd.backend import ZeusdClient
 
     client = ZeusdClient(target["path"], target["token_path"])
     if target["actuator"] == "power_limit":
@@ -214,7 +214,7 @@ def reset_gpus(directory: str, uuids: Sequence[str] | None, force: bool) -> list
 
     Raises `GpuError` if the directory may not be trusted; one GPU's trouble is its outcome.
     """
-    from agft_ray.gpu import lease
+    from agft_ray.gpu.safety import lease
 
     if force:
         known = [info.uuid for info in lease.leases(directory)]
@@ -230,7 +230,7 @@ def reset_gpus(directory: str, uuids: Sequence[str] | None, force: bool) -> list
 
 
 def _forced(directory: str, uuid: str) -> Outcome:
-    from agft_ray.gpu import lease
+    from agft_ray.gpu.safety import lease
 
     try:
         lease.force(directory, uuid)
@@ -259,7 +259,7 @@ def usage_problem(options: Any) -> str:
 
 def run(options: Any) -> int:
     """Reset, and print one line a GPU; 0 when all went well, else 1."""
-    from agft_ray.gpu.lease_directory import default_directory
+    from agft_ray.gpu.safety.directory import default_directory
 
     directory = options.lease_dir or default_directory()
     try:

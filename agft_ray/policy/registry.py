@@ -6,18 +6,18 @@ from typing import Annotated
 
 from pydantic import Field
 
-from agft_ray.policy.activity import ActivityConfig, ActivityPolicy
-from agft_ray.policy.agft import AgftConfig, AgftPolicy
-from agft_ray.policy.agft_reference import AgftReferenceConfig, AgftReferencePolicy
+from agft_ray.policy.agft.policy import AgftConfig, AgftPolicy
 from agft_ray.policy.base import Policy
-from agft_ray.policy.default import DefaultConfig, DefaultPolicy
-from agft_ray.policy.fixed import FixedConfig, FixedPolicy
-from agft_ray.policy.pair import PairConfig, PairGovernor
-from agft_ray.policy.pid import PidConfig, PidPolicy
-from agft_ray.policy.predictive import PredictiveConfig, PredictivePolicy
-from agft_ray.policy.rules import RulesConfig, RulesPolicy
+from agft_ray.policy.baselines.activity import ActivityConfig, ActivityPolicy
+from agft_ray.policy.baselines.default import DefaultConfig, DefaultPolicy
+from agft_ray.policy.baselines.fixed import FixedConfig, FixedPolicy
+from agft_ray.policy.baselines.pair import PairConfig, PairGovernor
+from agft_ray.policy.baselines.pid import PidConfig, PidPolicy
+from agft_ray.policy.baselines.predictive import PredictiveConfig, PredictivePolicy
+from agft_ray.policy.baselines.rules import RulesConfig, RulesPolicy
+from agft_ray.policy.baselines.volta import VoltaConfig, VoltaGovernor
+from agft_ray.policy.reference.policy import AgftReferenceConfig, AgftReferencePolicy
 from agft_ray.policy.step import StepGovernor
-from agft_ray.policy.volta import VoltaConfig, VoltaGovernor
 
 PolicyConfig = Annotated[
     DefaultConfig

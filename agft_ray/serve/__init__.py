@@ -12,19 +12,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agft_ray.serve.application import build_app
-    from agft_ray.serve.colocation import TunerLink, attach_tuner
-    from agft_ray.serve.llm import build_dp_openai_app, build_openai_app, build_pd_openai_app
-    from agft_ray.serve.vllm_stats import VllmStats
+    from agft_ray.serve.attach import TunerLink, attach_tuner
+    from agft_ray.serve.llm.servers import (
+        build_dp_openai_app,
+        build_openai_app,
+        build_pd_openai_app,
+    )
+    from agft_ray.serve.simulated.application import build_app
+    from agft_ray.serve.vllm.statistics import VllmStats
 
 _HOMES = {
-    "TunerLink": "colocation",
-    "VllmStats": "vllm_stats",
-    "attach_tuner": "colocation",
-    "build_app": "application",
-    "build_dp_openai_app": "llm",
-    "build_openai_app": "llm",
-    "build_pd_openai_app": "llm",
+    "TunerLink": "attach",
+    "VllmStats": "vllm.statistics",
+    "attach_tuner": "attach",
+    "build_app": "simulated.application",
+    "build_dp_openai_app": "llm.servers",
+    "build_openai_app": "llm.servers",
+    "build_pd_openai_app": "llm.servers",
 }
 
 __all__ = [

@@ -9,7 +9,6 @@ import bisect
 from collections import deque
 from collections.abc import Callable
 
-from agft_ray.engine_stats import EngineStats
 from agft_ray.simulation.batch import Batch as Batch
 from agft_ray.simulation.batch import DecodeSeries, Sequence
 from agft_ray.simulation.batch import StepDevice as StepDevice
@@ -17,6 +16,7 @@ from agft_ray.simulation.batch import TokenEvent as TokenEvent
 from agft_ray.simulation.engine_config import EngineConfig as EngineConfig
 from agft_ray.simulation.kv_blocks import KvBlocks
 from agft_ray.simulation.physics import StepWork
+from agft_ray.telemetry.counters import EngineStats
 from agft_ray.types import EngineSample, Request, RequestTimings
 
 

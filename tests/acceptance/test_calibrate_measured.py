@@ -2,8 +2,8 @@
 
 import pytest
 
-from agft_ray.evaluation.calibrate import calibrate
-from agft_ray.evaluation.measurements import Measurement
+from agft_ray.calibration.calibrate import calibrate
+from agft_ray.calibration.measurements import Measurement
 from agft_ray.simulation.profiles import load_gpu_profile, parse_gpu_profile
 
 pytest.importorskip("scipy", reason="scipy comes with the extra 'calibrate'")

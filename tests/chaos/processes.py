@@ -55,5 +55,5 @@ def wait_until(condition, timeout_s, what, poll_s=0.02):
 
 def is_guard(pid):
     with contextlib.suppress(OSError):
-        return b"agft_ray.gpu.guard" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"agft_ray.gpu.safety.guard" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False

@@ -60,7 +60,7 @@ def stopped(pid):
 
 @contextlib.contextmanager
 def node_guard(gpu):
-    command = ["-m", "agft_ray.gpu.guard", "--node", "--lease-dir", gpu.lease_dir]
+    command = ["-m", "agft_ray.gpu.safety.guard", "--node", "--lease-dir", gpu.lease_dir]
     guard = subprocess.Popen(
         [sys.executable, *command], env=os.environ | gpu.env_vars, stderr=subprocess.DEVNULL
     )

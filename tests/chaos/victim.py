@@ -8,8 +8,8 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from agft_ray.gpu.gpu_config import NvmlGpuConfig
-from agft_ray.serve.colocation import attach_tuner
+from agft_ray.gpu.config import NvmlGpuConfig
+from agft_ray.serve.attach import attach_tuner
 from agft_ray.types import EngineSample, StepTotals
 
 CONFIG = {

@@ -11,11 +11,11 @@ import pytest
 
 from agft_ray.clock import ManualClock, WallClock
 from agft_ray.errors import GpuArgumentError
-from agft_ray.gpu import nvml as nvml_backend
-from agft_ray.gpu.guard import Guard
 from agft_ray.gpu.leased import LeasedGpu
-from agft_ray.gpu.nvml import NvmlGpu
-from agft_ray.gpu.nvml_session import NvmlSession
+from agft_ray.gpu.nvml import backend as nvml_backend
+from agft_ray.gpu.nvml.backend import NvmlGpu
+from agft_ray.gpu.nvml.session import NvmlSession
+from agft_ray.gpu.safety.guard import Guard
 from agft_ray.gpu.simulated import InMemoryGpu, SimulatedGpu
 from agft_ray.simulation.device import Device
 from agft_ray.simulation.device_file import DeviceFile

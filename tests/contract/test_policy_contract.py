@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from agft_ray.errors import PriorError
-from agft_ray.policy.activity import ActivityConfig
-from agft_ray.policy.agft import AgftConfig
-from agft_ray.policy.agft_reference import AgftReferenceConfig
-from agft_ray.policy.default import DefaultConfig
-from agft_ray.policy.fixed import FixedConfig
-from agft_ray.policy.pid import PidConfig
-from agft_ray.policy.predictive import PredictiveConfig
+from agft_ray.policy.agft.policy import AgftConfig
+from agft_ray.policy.baselines.activity import ActivityConfig
+from agft_ray.policy.baselines.default import DefaultConfig
+from agft_ray.policy.baselines.fixed import FixedConfig
+from agft_ray.policy.baselines.pid import PidConfig
+from agft_ray.policy.baselines.predictive import PredictiveConfig
+from agft_ray.policy.baselines.rules import RulesConfig
+from agft_ray.policy.reference.policy import AgftReferenceConfig
 from agft_ray.policy.registry import PolicyConfig, build_policy
-from agft_ray.policy.rules import RulesConfig
 from agft_ray.types import (
     Context,
     EventReason,

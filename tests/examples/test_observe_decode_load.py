@@ -20,7 +20,7 @@ FAKE_LOAD = f"""
 import sys, time
 sys.path.insert(0, {str(EXAMPLE.parent)!r})
 import observe_decode_load as example
-from agft_ray.gpu.nvml import list_devices
+from agft_ray.gpu.nvml.backend import list_devices
 
 class FakeLoad:
     what = "a fake load that sleeps"

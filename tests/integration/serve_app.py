@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from agft_ray.serve.local_cluster import free_port, serve_run
-from agft_ray.serve.validation import simulated_app
+from agft_ray.serve.checks import simulated_app
+from agft_ray.serve.run import free_port, serve_run
 
 ROOT = Path(__file__).parents[2]
 

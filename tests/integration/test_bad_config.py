@@ -4,8 +4,8 @@ import pytest
 import yaml
 from serve_app import simulated_config
 
-from agft_ray.serve.app_config import AppConfig
-from agft_ray.serve.local_cluster import ServeRunError, serve_run
+from agft_ray.serve.run import ServeRunError, serve_run
+from agft_ray.serve.simulated.config import AppConfig
 
 pytestmark = pytest.mark.ray
 

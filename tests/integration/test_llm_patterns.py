@@ -67,7 +67,7 @@ def apps():
     """An application of Ray's own builder, which names our server, and two of ours."""
     from ray.serve.llm import build_openai_app
 
-    from agft_ray.serve.llm import build_dp_openai_app, build_pd_openai_app
+    from agft_ray.serve.llm.servers import build_dp_openai_app, build_pd_openai_app
 
     ours = {
         "server_cls": "agft_ray.serve.llm:TunedLLMServer",
@@ -97,7 +97,7 @@ def refusals():
     """What the builders say to mistakes."""
     from ray.serve.llm import build_openai_app as rays
 
-    from agft_ray.serve import llm
+    from agft_ray.serve.llm import servers as llm
 
     plain = llm_config("bad", "a")
     bad_energy = plain | {"experimental_configs": {"energy": {"tuner": {"window_s": 0.1}}}}

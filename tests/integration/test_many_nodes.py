@@ -18,7 +18,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 
-from agft_ray.gpu.gpu_config import NvmlGpuConfig
+from agft_ray.gpu.config import NvmlGpuConfig
 from agft_ray.serve import attach_tuner
 from agft_ray.types import EngineSample
 

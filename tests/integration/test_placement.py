@@ -19,8 +19,8 @@ from cluster_script import fake_nvml, results_of
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from agft_ray.actors.placement import own_gpu_amounts, own_node_id, probe_gpus
 from agft_ray.errors import GpuError
+from agft_ray.serve.placement import own_gpu_amounts, own_node_id, probe_gpus
 
 pytestmark = pytest.mark.ray
 

@@ -8,10 +8,10 @@ import math
 import pytest
 from serve_app import gpu_states, running_app, simulated_config
 
-from agft_ray.evaluation.replay import replay
-from agft_ray.evaluation.summary import summarise
-from agft_ray.simulation import workloads
-from agft_ray.simulation.traces import open_trace
+from agft_ray.replay.client import replay
+from agft_ray.replay.summary import summarise
+from agft_ray.workloads import generators as workloads
+from agft_ray.workloads.traces import open_trace
 
 pytestmark = pytest.mark.ray
 DURATION_S = 600.0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cluster_script import results_of
 
-from agft_ray.cli import main
+from agft_ray.cli.app import main
 
 pytestmark = pytest.mark.ray
 ARGUMENTS = [

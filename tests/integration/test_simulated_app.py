@@ -303,7 +303,7 @@ def test_a_killed_guard_is_replaced(app, directory, under_load):
 
 
 def test_replay_from_the_command_line(app, tmp_path, capsys):
-    from agft_ray.cli import main
+    from agft_ray.cli.app import main
 
     arguments = ["--url", app.url, "--rate", "2", "--duration", "20", "--out", str(tmp_path)]
     assert main(["replay", *arguments]) == 0

@@ -32,7 +32,7 @@ from vllm_app import (
     until_rays_metrics,
 )
 
-from agft_ray.serve.local_cluster import serve_run
+from agft_ray.serve.run import serve_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 

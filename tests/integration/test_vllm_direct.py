@@ -7,7 +7,7 @@ import yaml
 from serve_app import wait_until
 from vllm_app import TUNER, Statuses, load, shipped, tokens, until_rays_metrics
 
-from agft_ray.serve.local_cluster import serve_run
+from agft_ray.serve.run import serve_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 

@@ -5,13 +5,13 @@ import asyncio
 import pytest
 from serve_app import running_app, simulated_config, wait_until
 
-from agft_ray.evaluation.replay import replay
-from agft_ray.evaluation.summary import summarise
-from agft_ray.evaluation.virtual_time import run_virtual
-from agft_ray.policy.fixed import FixedConfig
+from agft_ray.policy.baselines.fixed import FixedConfig
+from agft_ray.replay.client import replay
+from agft_ray.replay.summary import summarise
 from agft_ray.settings import TunerConfig
 from agft_ray.simulation.engine_config import EngineConfig
-from agft_ray.simulation.workloads import generate_conversation
+from agft_ray.virtual.run import run_virtual
+from agft_ray.workloads.generators import generate_conversation
 
 pytestmark = pytest.mark.ray
 DURATION_S = 300.0

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from agft_ray.gpu import lease
-from agft_ray.gpu.gpu_config import ZeusdGpuConfig
-from agft_ray.serve.validation import simulated_app
+from agft_ray.gpu.config import ZeusdGpuConfig
+from agft_ray.gpu.safety import lease
+from agft_ray.serve.checks import simulated_app
 from agft_ray.simulation.device_file import DeviceFile
 
 ROOT = Path(__file__).parents[2]

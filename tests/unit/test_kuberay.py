@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from agft_ray.gpu import lease_directory
-from agft_ray.serve.validation import validate_file
+from agft_ray.gpu.safety import directory as lease_directory
+from agft_ray.serve.checks import validate_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ def guard():
 
 
 def test_it_serves_the_shipped_config(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr("agft_ray.serve.llm_validation._check_by_ray", lambda *_: False)
+    monkeypatch.setattr("agft_ray.serve.llm.checks._check_by_ray", lambda *_: False)
     text = spec["serveConfigV2"]
     assert text == (ROOT / "configs" / "llm_h100.yaml").read_text()
     path = tmp_path / "served.yaml"

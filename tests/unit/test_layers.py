@@ -13,24 +13,31 @@ PACKAGE = ROOT / "agft_ray"
 # Lowest first; modules on one line may import each other.
 LAYERS = [
     {"types", "errors", "clock"},
-    {"engine_stats", "config"},
-    {"simulation"},
-    {"gpu"},
+    {"config", "files"},
     {"telemetry"},
+    {"workloads"},
+    {"simulation"},
     {"policy"},
     {"priors"},
+    {"gpu"},
     {"settings"},
     {"clock_control", "tuner"},
-    {"evaluation"},
+    {"virtual"},
+    {"replay", "results"},
+    {"study"},
+    {"report"},
+    {"calibration"},
+    {"doctor"},
     {"actors"},
     {"serve"},
+    {"bench"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 CORE_PACKAGES = {"numpy", "pydantic", "yaml"}
-MAY_IMPORT_RAY = {"actors", "serve"}
-MAY_IMPORT_NVML = {"gpu/nvml.py"}
-MAY_IMPORT_VLLM = {"serve/vllm_plugin.py"}
+MAY_IMPORT_RAY = {"actors", "serve", "bench"}
+MAY_IMPORT_NVML = {"gpu/nvml/backend.py"}
+MAY_IMPORT_VLLM = {"serve/vllm/plugin.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -84,7 +91,7 @@ def test_every_module_has_a_layer():
     assert {layer_of(path) for path in FILES} - {"__init__"} <= set(LEVEL)
 
 
-@pytest.mark.parametrize("module", ["agft_ray", "agft_ray.gpu.guard"])
+@pytest.mark.parametrize("module", ["agft_ray", "agft_ray.gpu.safety.guard"])
 def test_light_modules_import_nothing_heavy(module):
     code = (
         f"import sys, {module}; "
@@ -97,7 +104,7 @@ def test_light_modules_import_nothing_heavy(module):
 
 
 def test_the_loop_imports_without_ray():
-    code = "import sys; sys.modules['ray'] = None; import agft_ray.tuner, agft_ray.evaluation"
+    code = "import sys; sys.modules['ray'] = None; import agft_ray.tuner, agft_ray.study.study"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

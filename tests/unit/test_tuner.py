@@ -13,7 +13,7 @@ from agft_ray.errors import (
     LeaseLostError,
 )
 from agft_ray.settings import TunerConfig
-from agft_ray.telemetry.engine_inbox import EngineInbox
+from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import MAX_FAULTS, Tuner
 from agft_ray.types import Actuator, Decision, EngineSample, EventReason, GpuSample

@@ -15,11 +15,11 @@ from fake_nvml import ENV, FakeNvml, build, use_in_pynvml
 
 from agft_ray.clock import ManualClock
 from agft_ray.errors import GpuLostError
-from agft_ray.gpu import nvml
-from agft_ray.gpu.nvml import NvmlGpu
-from agft_ray.gpu.nvml_session import NvmlSession
+from agft_ray.gpu.nvml import backend as nvml
+from agft_ray.gpu.nvml.backend import NvmlGpu
+from agft_ray.gpu.nvml.session import NvmlSession
 from agft_ray.settings import TunerConfig
-from agft_ray.telemetry.engine_inbox import EngineInbox
+from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import MAX_FAULTS, Tuner
 from agft_ray.types import EngineSample

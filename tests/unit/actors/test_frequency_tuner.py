@@ -11,7 +11,7 @@ from agft_ray.actors import frequency_tuner, tuner_loop
 from agft_ray.actors.frequency_tuner import FrequencyTuner
 from agft_ray.actors.messages import EngineIdentity, EnginePush, TunerSpec
 from agft_ray.errors import GpuLostError, GpuTransientError, GpuUnavailableError
-from agft_ray.gpu.gpu_config import NvmlGpuConfig
+from agft_ray.gpu.config import NvmlGpuConfig
 from agft_ray.gpu.registry import GpuSpec
 from agft_ray.settings import TunerConfig
 from agft_ray.types import Actuator, EngineSample, EventReason, GpuSample, StepTotals

@@ -6,17 +6,17 @@ import shutil
 import signal
 
 import pytest
-from lease_tools import pass_time, runs, within
 
 from agft_ray.clock import ManualClock
 from agft_ray.clock_control import ClockControl
 from agft_ray.errors import GpuPermissionError, GpuTransientError, LeaseHeldError, LeaseLostError
 from agft_ray.gpu.group import GpuGroup
-from agft_ray.gpu.guard import Guard
-from agft_ray.gpu.lease import Lease, force, leases
 from agft_ray.gpu.leased import LeasedGpu
+from agft_ray.gpu.safety.guard import Guard
+from agft_ray.gpu.safety.lease import Lease, force, leases
 from agft_ray.gpu.simulated import SimulatedGpu
 from agft_ray.simulation.device_file import DeviceFile
+from unit.gpu.safety.lease_tools import pass_time, runs, within
 
 
 @pytest.fixture

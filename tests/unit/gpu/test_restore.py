@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from lease_tools import (
+
+from unit.gpu.safety.lease_tools import (
     ROOT,
     Owner,
     acquire,
@@ -32,9 +33,9 @@ from agft_ray.errors import (
     LeaseHeldError,
 )
 from agft_ray.gpu import restore as module
-from agft_ray.gpu.guard import Guard
-from agft_ray.gpu.lease import Lease, leases, sweep
 from agft_ray.gpu.restore import check_target, main, nvml_target, reset_gpus, restore
+from agft_ray.gpu.safety.guard import Guard
+from agft_ray.gpu.safety.lease import Lease, leases, sweep
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_zeusd_does_it_with_its_own_number_and_token(monkeypatch):
         def __getattr__(self, name):
             return lambda *arguments: calls.append((name, *arguments))
 
-    zeusd = pytest.importorskip("agft_ray.gpu.zeusd")
+    zeusd = pytest.importorskip("agft_ray.gpu.zeusd.backend")
     monkeypatch.setattr(zeusd, "ZeusdClient", FakeClient)
     target = nvml_target("GPU-0") | {
         "backend": "zeusd",

@@ -10,9 +10,9 @@ import pytest
 
 from agft_ray.actors.messages import TunerReply
 from agft_ray.errors import StaleMetricsError
-from agft_ray.gpu.gpu_config import NvmlGpuConfig
-from agft_ray.serve import colocation
-from agft_ray.serve.colocation import TunerLink
+from agft_ray.gpu.config import NvmlGpuConfig
+from agft_ray.serve import attach as colocation
+from agft_ray.serve.attach import TunerLink
 from agft_ray.settings import TunerConfig
 
 

@@ -1,0 +1,1 @@
+"""What the tuner and the simulator cost."""

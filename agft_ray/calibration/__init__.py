@@ -1,0 +1,1 @@
+"""GPU profiles fitted to measurements."""

@@ -1,1 +1,0 @@
-"""Running policies in virtual time and replaying traces against an endpoint."""

@@ -1,0 +1,1 @@
+"""Real GPUs through NVML, NVIDIA's management library."""

@@ -1,0 +1,1 @@
+"""Leases and guards: whatever happens, clocks go back. Standard library only."""

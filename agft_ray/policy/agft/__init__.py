@@ -1,0 +1,1 @@
+"""The policy `agft`: AGFT's online clock tuner (arXiv 2508.01744), written anew."""

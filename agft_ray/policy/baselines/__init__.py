@@ -1,0 +1,1 @@
+"""Policies and step governors to compare with."""

@@ -1,0 +1,1 @@
+"""Replay of a workload against an OpenAI-compatible server, and what it measured."""

@@ -1,0 +1,268 @@
+"""A replay on the terminal: progress while it runs, the comparison when it is done."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from agft_ray.replay.client import Progress
+from agft_ray.replay.result import ReplicaStatus, ServerStatus
+from agft_ray.replay.summary import Comparison, Group
+from agft_ray.replay.timeline import growth
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+NO_VALUE = "—"
+BLOCKS = "▁▂▃▄▅▆▇█"
+PLAIN_PERIOD_S = 10.0
+VISIBLE_CHANGE_PERCENT = 0.5
+"""Smaller changes are not coloured."""
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print the table, the client's view, the clocks over time, notes and warnings."""
+    from rich.markup import escape
+
+    console.print(_table(comparison))
+    console.print(_client_line(comparison))
+    for line in _clock_lines(comparison):
+        console.print(line, highlight=False, no_wrap=True, overflow="crop")
+    for error, count in comparison.errors.items():
+        console.print(f"[red]{count} failed:[/red] {escape(error)}", highlight=False)
+    for note in comparison.notes:
+        console.print(f"[dim]•[/dim] {escape(note)}", highlight=False)
+    for warning in comparison.bottlenecks:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+
+
+def _table(comparison: Comparison) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{comparison.requests:,} requests in {comparison.duration_s:,.0f} s "
+        f"(speed {comparison.speed:g})",
+        caption=f"latencies: {comparison.latency_source}-side, simulated time",
+    )
+    table.add_column("")
+    for group in comparison.groups:
+        table.add_column(group.role, justify="right")
+    if comparison.changes_percent:
+        table.add_column("change", justify="right")
+    for section in _sections(comparison):
+        for label, name, scale in section:
+            table.add_row(*_cells(comparison, label, name, scale))
+        table.add_section()
+    return table
+
+
+Line = tuple[str, str, float]
+"""Label, name of the value in a group (dotted into a distribution), scale to the label's unit."""
+
+
+def _sections(comparison: Comparison) -> Iterator[list[Line]]:
+    counts = ("replicas", "requests", "failed", "prompt_tokens", "output_tokens")
+    yield [(name.replace("_", " "), name, 1.0) for name in counts]
+    yield [
+        ("energy, J", "energy_j", 1.0),
+        ("energy per output token, J", "energy_per_output_token_j", 1.0),
+        ("mean power per replica, W", "mean_power_w", 1.0),
+        ("mean SM clock, MHz", "sm_clock_mhz", 1.0),
+        ("clock changes", "clock_changes", 1.0),
+        ("windows", "windows", 1.0),
+    ]
+    for label, unit, name, scale in (
+        ("TTFT", "ms", "ttft_s", 1e3),
+        ("TPOT", "ms", "tpot_s", 1e3),
+        ("E2E", "s", "e2e_s", 1.0),
+    ):
+        statistics = ("mean", "p50", "p95", "p99")
+        yield [(f"{label} {s}, {unit}", f"{name}.{s}", scale) for s in statistics]
+    attainment: list[Line] = [("SLO attainment, %", "slo_attainment", 100.0)]
+    yield [
+        ("EDP, J·s", "edp_j_s", 1.0),
+        ("EDP per request, J·s", "edp_per_request_j_s", 1.0),
+        *(attainment if comparison.slo else []),
+    ]
+
+
+def _cells(comparison: Comparison, label: str, name: str, scale: float) -> Iterator[str]:
+    yield label
+    for group in comparison.groups:
+        yield number(_value(group, name), scale=scale)
+    if comparison.changes_percent:
+        yield _change(name, comparison.changes_percent.get(name))
+
+
+def _value(group: Group, name: str) -> float | None:
+    value: object = group
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, int | float) else None
+
+
+def number(value: float | None, *, scale: float = 1.0) -> str:
+    """Counts in full, other numbers to four digits at least; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return NO_VALUE
+    if isinstance(value, int) and scale == 1.0:
+        return f"{value:,}"
+    scaled = value * scale
+    magnitude = math.floor(math.log10(abs(scaled))) if scaled else 0
+    return f"{scaled:,.{min(max(3 - magnitude, 0), 9)}f}"
+
+
+def _change(name: str, percent: float | None) -> str:
+    """Green where less is better and there is less; the clock is no merit in itself."""
+    if percent is None:
+        return ""
+    text = f"{percent:+.1f} %"
+    if name == "sm_clock_mhz" or abs(percent) < VISIBLE_CHANGE_PERCENT:
+        return text
+    return f"[{'green' if percent < 0 else 'red'}]{text}[/]"
+
+
+def _client_line(comparison: Comparison) -> str:
+    ttft_s, e2e_s = comparison.client_ttft_s, comparison.client_e2e_s
+    return (
+        f"seen by the client: TTFT mean {number(ttft_s.mean, scale=1e3)} ms, "
+        f"p99 {number(ttft_s.p99, scale=1e3)} ms; "
+        f"E2E mean {number(e2e_s.mean)} s, p99 {number(e2e_s.p99)} s"
+    )
+
+
+def _clock_lines(comparison: Comparison) -> Iterator[str]:
+    """A sparkline a role, on one scale."""
+    known = [c for group in comparison.groups for c in group.sm_clock_over_time_mhz if c]
+    if not known:
+        return
+    low_mhz, high_mhz = min(known), max(known)
+    yield f"SM clock over time, {BLOCKS[0]} {low_mhz:.0f} MHz to {BLOCKS[-1]} {high_mhz:.0f} MHz"
+    for group in comparison.groups:
+        yield f"{group.role:>8} {sparkline(group.sm_clock_over_time_mhz, low_mhz, high_mhz)}"
+
+
+def sparkline(values: tuple[float | None, ...], low: float, high: float) -> str:
+    """A block a value, the lowest at `low` and the highest at `high`; a space where there is none.
+
+    Where both are the same, so are all values, and they are drawn half as high.
+    """
+    return "".join(" " if value is None else _block(value, low, high) for value in values)
+
+
+def _block(value: float, low: float, high: float) -> str:
+    share = (value - low) / (high - low) if high > low else 0.5
+    return BLOCKS[min(int(share * len(BLOCKS)), len(BLOCKS) - 1)]
+
+
+@contextmanager
+def progress_display(
+    total: int | None,
+    *,
+    console: Console | None = None,
+    now_s: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[Progress], None]]:
+    """A context whose value is an `on_progress` of `replay`; `total` requests, None if unknown.
+
+    On a terminal a bar with the fleet's state beneath it; elsewhere (a log) a plain line every ten
+    seconds of `now_s`, and one at the end.
+    """
+    from rich.console import Console
+
+    screen = console or Console()
+    show = _live if screen.is_terminal else _plain
+    with show(total, screen, now_s) as display:
+        yield display
+
+
+@contextmanager
+def _live(
+    total: int | None, console: Console, now_s: Callable[[], float]
+) -> Iterator[Callable[[Progress], None]]:
+    from rich.console import Group as Lines
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+    from rich.text import Text
+
+    bar = Bar(BarColumn(40), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    task = bar.add_task("", total=total)
+    fleet = _Fleet()
+    with Live(bar, console=console, refresh_per_second=4) as live:
+
+        def show(progress: Progress) -> None:
+            bar.update(task, completed=progress.done)
+            lines = (_progress_line(progress), fleet.line(progress.status))
+            live.update(Lines(bar, *(Text(line) for line in lines)))
+
+        yield show
+
+
+@contextmanager
+def _plain(
+    total: int | None, console: Console, now_s: Callable[[], float]
+) -> Iterator[Callable[[Progress], None]]:
+    fleet = _Fleet()
+    shown_s, pending = now_s(), ""
+
+    def show(progress: Progress) -> None:
+        nonlocal shown_s, pending
+        of = "" if total is None else f" of {total:,}"
+        parts = (_progress_line(progress) + of, fleet.line(progress.status))
+        pending = "; ".join(part for part in parts if part)
+        if now_s() - shown_s >= PLAIN_PERIOD_S:
+            write(pending)
+            shown_s, pending = now_s(), ""
+
+    def write(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    yield show
+    if pending:
+        write(pending)
+
+
+def _progress_line(progress: Progress) -> str:
+    return (
+        f"{progress.elapsed_s:,.0f} s: {progress.failed:,} failed, "
+        f"{progress.sent - progress.done:,} in flight, {progress.done:,} done"
+    )
+
+
+@dataclass(slots=True)
+class _Fleet:
+    """Remembers each replica's last sighting, since power is energy between two of them."""
+
+    before: dict[str, ReplicaStatus] = field(default_factory=dict)
+    power_w: dict[str, float] = field(default_factory=dict)
+
+    def line(self, status: ServerStatus | None) -> str:
+        """Queues of the fleet, then power and clock of each role; empty without a status."""
+        if status is None:
+            return ""
+        for replica in status.replicas:
+            self._see(replica)
+        running = sum(replica.running for replica in status.replicas)
+        waiting = sum(replica.waiting for replica in status.replicas)
+        roles = sorted({replica.role for replica in status.replicas}, reverse=True)
+        parts = [self._role(role, status) for role in roles]
+        return ", ".join([f"running {running:,}, waiting {waiting:,}", *parts])
+
+    def _see(self, replica: ReplicaStatus) -> None:
+        before = self.before.setdefault(replica.replica, replica)
+        if replica.energy_t_s > before.energy_t_s:
+            energy_j = growth((before, replica), "energy_j")
+            self.power_w[replica.replica] = energy_j / (replica.energy_t_s - before.energy_t_s)
+            self.before[replica.replica] = replica
+
+    def _role(self, role: str, status: ServerStatus) -> str:
+        members = [replica for replica in status.replicas if replica.role == role]
+        powers_w = [self.power_w[m.replica] for m in members if m.replica in self.power_w]
+        power = f"{sum(powers_w) / len(powers_w):.0f}" if powers_w else NO_VALUE
+        clock_mhz = sum(member.sm_clock_mhz for member in members) / len(members)
+        return f"{role} {power} W {clock_mhz:.0f} MHz"

@@ -1,0 +1,292 @@
+"""Statistics of a replay: each role's requests, energy and latencies, and what tuning changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from agft_ray.replay.result import (
+    INTERRUPTED,
+    OK,
+    ReplayResult,
+    RequestRow,
+    bottlenecks,
+)
+from agft_ray.replay.timeline import (
+    Interval,
+    edges,
+    growth,
+    intervals,
+    mean_clocks_mhz,
+    replica_notes,
+)
+
+FORMAT = 1
+HOLDOUT = "holdout"
+ROLES = ("tuned", HOLDOUT)
+MAX_ERRORS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Bounds that one request must keep, in seconds; None is no bound."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    def is_met(self, latencies_s: Sequence[float | None]) -> bool:
+        """Whether TTFT, TPOT and E2E keep the bounds; what was not measured breaks none."""
+        bounds_s = (self.ttft_s, self.tpot_s, self.e2e_s)
+        return all(
+            bound is None or value is None or value <= bound
+            for bound, value in zip(bounds_s, latencies_s, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Mean and percentiles (NumPy's default: linear interpolation between order statistics)."""
+
+    count: int = 0
+    mean: float | None = None
+    p50: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Distribution:
+        """Of those that are not None."""
+        return cls.of_array(np.array([value for value in values if value is not None]))
+
+    @classmethod
+    def of_array(cls, values: np.ndarray) -> Distribution:
+        """Of all of them."""
+        if not values.size:
+            return cls()
+        p50, p95, p99 = np.percentile(values, (50, 95, 99)).tolist()
+        return cls(values.size, float(values.mean()), p50, p95, p99)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The replicas of one role. None is "no value"; energy and tokens are those of the whole run.
+
+    `requests`, `failed` and the latencies are those of this replay; energy, tokens, clock changes
+    and windows are what the replicas' counters grew by, other clients' traffic included.
+    """
+
+    role: str
+    """'tuned', 'holdout', or 'all' if the server does not tell replicas apart."""
+    replicas: int | None
+    requests: int
+    failed: int
+    prompt_tokens: int
+    output_tokens: int
+    energy_j: float | None
+    mean_power_w: float | None
+    """Of one replica."""
+    energy_per_output_token_j: float | None
+    ttft_s: Distribution
+    tpot_s: Distribution
+    e2e_s: Distribution
+    edp_j_s: float | None
+    """Energy of the run times mean E2E latency."""
+    edp_per_request_j_s: float | None
+    """The same per completed request: comparable where groups had unequal load."""
+    slo_attainment: float | None
+    """Share of the completed and failed requests that kept the SLO; a failed one does not."""
+    sm_clock_mhz: float | None
+    """Mean over time and replicas, idle time included, readings joined by straight lines."""
+    clock_changes: int | None
+    windows: int | None
+    sm_clock_over_time_mhz: tuple[float | None, ...]
+    """The same mean in each sixtieth of the time line."""
+
+    def comparable(self) -> dict[str, float | None]:
+        """What may be compared between groups of different size, by name."""
+        names = ("mean_power_w", "energy_per_output_token_j", "edp_per_request_j_s", "sm_clock_mhz")
+        values: dict[str, float | None] = {name: getattr(self, name) for name in names}
+        for name in ("ttft_s", "tpot_s", "e2e_s"):
+            for statistic in ("mean", "p50", "p95", "p99"):
+                values[f"{name}.{statistic}"] = getattr(getattr(self, name), statistic)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A replay summed up: a group a role ('tuned' first), and the change of tuned to holdout."""
+
+    groups: tuple[Group, ...]
+    changes_percent: dict[str, float]
+    """100 (tuned / holdout - 1), keyed as `Group.comparable`; without what either has not."""
+    latency_source: str
+    """Whose latencies the groups have: 'engine' or 'client'."""
+    client_ttft_s: Distribution
+    client_e2e_s: Distribution
+    requests: int
+    failed: int
+    interrupted_requests: int
+    errors: dict[str, int]
+    """The most frequent errors and how often each occurred."""
+    duration_s: float
+    """Simulated, to the last answer."""
+    speed: float
+    interrupted: bool
+    slo: Slo | None
+    notes: tuple[str, ...]
+    bottlenecks: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of this class, nested, and `format`, which changes if their meaning does.
+
+        Fields may be added within a format. Values that do not exist are null, never NaN.
+        """
+        return {"format": FORMAT, **asdict(self)}
+
+
+def summarise(result: ReplayResult, *, slo: Slo | None = None) -> Comparison:
+    """Group a replay by role; latencies are the engine's where every answer has them."""
+    seen = list(intervals(result))
+    roles = {a.role for a, _ in seen} | {row.role for row in result.rows if row.role}
+    source = _latency_source(result.rows)
+    edges_s = edges(seen)
+    groups = tuple(
+        _group(
+            role,
+            [row for row in result.rows if row.role == role or not roles],
+            [interval for interval in seen if interval[0].role == role],
+            source=source,
+            slo=slo,
+            edges_s=edges_s,
+        )
+        for role in sorted(roles, key=lambda role: (role not in ROLES, role != "tuned", role))
+        or ["all"]
+    )
+    done = [row for row in result.rows if row.status == OK]
+    errors = Counter(row.status for row in result.rows if row.is_failed)
+    return Comparison(
+        groups=groups,
+        changes_percent=_changes(groups),
+        latency_source=source,
+        client_ttft_s=Distribution.of(row.ttft_s for row in done),
+        client_e2e_s=Distribution.of(row.e2e_s for row in done),
+        requests=len(result.rows),
+        failed=errors.total(),
+        interrupted_requests=sum(row.status == INTERRUPTED for row in result.rows),
+        errors=dict(errors.most_common(MAX_ERRORS)),
+        duration_s=result.ended_s - result.started_s,
+        speed=result.speed,
+        interrupted=result.interrupted,
+        slo=slo,
+        notes=tuple(_notes(result, groups)),
+        bottlenecks=tuple(bottlenecks(result)),
+    )
+
+
+def _latency_source(rows: Sequence[RequestRow]) -> str:
+    done = [row for row in rows if row.status == OK]
+    has_engine = done and all(row.engine_e2e_s is not None for row in done)
+    return "engine" if has_engine else "client"
+
+
+def _latencies_s(row: RequestRow, source: str) -> tuple[float | None, float | None, float | None]:
+    if source == "engine":
+        return row.engine_ttft_s, row.engine_tpot_s, row.engine_e2e_s
+    return row.ttft_s, row.tpot_s, row.e2e_s
+
+
+def _group(
+    role: str,
+    rows: Sequence[RequestRow],
+    intervals: Sequence[Interval],
+    *,
+    source: str,
+    slo: Slo | None,
+    edges_s: np.ndarray,
+) -> Group:
+    done = [row for row in rows if row.status == OK]
+    latencies_s = [_latencies_s(row, source) for row in done]
+    ttft_s, tpot_s, e2e_s = (Distribution.of(row[i] for row in latencies_s) for i in range(3))
+    failed = sum(row.is_failed for row in rows)
+    counters = _counters(rows, intervals)
+    energy_j = counters["energy_j"]
+    edp_j_s = None if energy_j is None or e2e_s.mean is None else energy_j * e2e_s.mean
+    met = sum(slo.is_met(row) for row in latencies_s) if slo else None
+    names = {a.replica for a, _ in intervals} or {row.replica for row in rows if row.replica}
+    return Group(
+        role=role,
+        replicas=len(names) or None,
+        requests=len(rows),
+        failed=failed,
+        prompt_tokens=int(counters["prompt_tokens"] or 0),
+        output_tokens=int(counters["generation_tokens"] or 0),
+        energy_j=energy_j,
+        mean_power_w=_ratio(energy_j, counters["energy_t_s"]),
+        energy_per_output_token_j=_ratio(energy_j, counters["generation_tokens"]),
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        e2e_s=e2e_s,
+        edp_j_s=edp_j_s,
+        edp_per_request_j_s=_ratio(edp_j_s, len(done)),
+        slo_attainment=_ratio(met, len(done) + failed),
+        sm_clock_mhz=mean_clocks_mhz(intervals, edges_s[[0, -1]])[0],
+        clock_changes=_whole(counters["clock_changes"]),
+        windows=_whole(counters["windows"]),
+        sm_clock_over_time_mhz=mean_clocks_mhz(intervals, edges_s),
+    )
+
+
+def _counters(
+    rows: Sequence[RequestRow], intervals: Sequence[Interval]
+) -> Mapping[str, float | None]:
+    """Growth over the run; the tokens alone, from the answers, if the server keeps no count."""
+    names = ("energy_j", "energy_t_s", "clock_changes", "windows")
+    tokens = ("prompt_tokens", "generation_tokens")
+    if not intervals:
+        return dict.fromkeys(names) | {
+            "prompt_tokens": sum(row.prompt_tokens or 0 for row in rows),
+            "generation_tokens": sum(row.output_tokens or 0 for row in rows),
+        }
+    return {name: sum(growth(interval, name) for interval in intervals) for name in names + tokens}
+
+
+def _ratio(value: float | None, per: float | None) -> float | None:
+    return None if value is None or not per else value / per
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _changes(groups: Sequence[Group]) -> dict[str, float]:
+    by_role = {group.role: group.comparable() for group in groups}
+    if not set(ROLES) <= by_role.keys():
+        return {}
+    pairs = {name: (value, by_role[HOLDOUT][name]) for name, value in by_role["tuned"].items()}
+    return {name: 100 * (t / h - 1) for name, (t, h) in pairs.items() if t is not None and h}
+
+
+def _notes(result: ReplayResult, groups: Sequence[Group]) -> Iterator[str]:
+    roles = {group.role for group in groups}
+    if "all" in roles:
+        yield "No comparison: the server does not say which replicas are tuned."
+    elif not set(ROLES) <= roles:
+        seen = " and ".join(sorted(roles))
+        yield f"No comparison: every replica is {seen}; it takes tuned ones and holdouts."
+    if not result.timeline:
+        yield "No energy: the server has no /agft/status."
+    if result.interrupted:
+        yield "The replay was interrupted: requests then under way have no latencies."
+    if not result.settled:
+        yield "The server was not at rest at the last poll: energy of what still ran is missing."
+    if result.missed_polls:
+        yield f"{result.missed_polls} polls of the status failed."
+    lost = sum(row.is_failed and row.role is None for row in result.rows)
+    if lost and "all" not in roles:
+        yield f"{lost} failed requests name no replica and are in no group."
+    yield from replica_notes(result)

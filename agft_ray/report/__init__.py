@@ -1,0 +1,1 @@
+"""A report of simulated runs: one HTML page."""

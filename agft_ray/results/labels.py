@@ -1,0 +1,5 @@
+"""How runs are named that mean the same in every study: the baseline, and what is searched for."""
+
+DEFAULT = "default"
+FRONTIER, BEST_STATIC = "frontier", "best_static"
+ORACLE_PAIR, LOWER_BOUND = "oracle_pair", "lower_bound"

@@ -1,0 +1,182 @@
+"""One run of one policy as a record: the stable format of `--json`, see docs/evaluation.md."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agft_ray.errors import AgftError
+from agft_ray.files import write_json
+from agft_ray.replay.summary import HOLDOUT, Comparison, Distribution, Group
+
+if TYPE_CHECKING:
+    from agft_ray.replay.result import ReplayResult
+
+UNKNOWN = "unknown"
+STATISTICS = ("mean", "p50", "p95", "p99")
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What came of a run. None is "does not exist", and null in JSON.
+
+    Fields may be added; the meaning of those that are there does not change.
+    """
+
+    policy: str
+    gpu: str | None
+    model: str | None
+    trace: str | None
+    """The trace's file name, or the generated workload."""
+    seed: int | None
+    replicas: int | None
+    requests: int
+    """Answered in full."""
+    duration_s: float
+    """Simulated, until the last answer."""
+    energy_j: float | None
+    mean_power_w: float | None
+    """Of one replica: energy by duration and replicas."""
+    output_tokens: int
+    energy_per_output_token_j: float | None
+    ttft_s: Distribution
+    tpot_s: Distribution
+    e2e_s: Distribution
+    edp_j_s: float | None
+    """Energy of the run times mean E2E latency."""
+    slo_attainment: float | None
+    """Share of the requests, failed ones included, that kept the SLO; None without an SLO."""
+    clock_changes: int | None
+    windows_to_converge: int | None
+    worst_exploration_tpot_ratio: float | None = None
+    """Largest TPOT of a window before convergence, relative to default clocks in that window."""
+    regret: float | None = None
+    """EDP relative to that of `oracle_pair`, less 1."""
+    failed: int = 0
+    """Requests that failed or could never be served."""
+    prompt_tokens: int | None = None
+    sm_clock_mhz: float | None = None
+    """Effective SM clock, mean over time and replicas."""
+    choice: str | None = None
+    """What a search chose: '1230', or '1500/1230' for a pair of clocks."""
+    role: str | None = None
+    """Of a replay: which of the server's replicas, 'tuned', 'holdout' or 'all'."""
+    keep: float | None = None
+    """Share of the trace that was kept."""
+    router: str | None = None
+    slo_ttft_s: float | None = None
+    slo_tpot_s: float | None = None
+    profile_change: str | None = None
+    """Of a sweep of uncertain numbers: what was changed in the GPU's profile, as 'path=value'."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, with distributions as {mean, p50, p95, p99}."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Distribution):
+                values[name] = {s: getattr(value, s) for s in STATISTICS}
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunRecord:
+        """What `to_json` gave; fields of a later version are left out. Raises `TypeError`."""
+        known = {field.name for field in fields(cls)} & values.keys()
+        record = cls(**{name: values[name] for name in known})
+        count = record.requests
+        return replace(
+            record,
+            ttft_s=Distribution(count, **values["ttft_s"]),
+            tpot_s=Distribution(count, **values["tpot_s"]),
+            e2e_s=Distribution(count, **values["e2e_s"]),
+        )
+
+    def value(self, name: str) -> float | None:
+        """A number by its name, dotted into a distribution ('ttft_s.p99'); None if there is none.
+
+        Raises `AttributeError` for a name that is no field.
+        """
+        value: object = self
+        for part in name.split("."):
+            value = getattr(value, part)
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def write_runs(path: Path, records: Iterable[RunRecord]) -> None:
+    """Write `{"runs": [...]}`, replacing the file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"runs": [record.to_json() for record in records]})
+
+
+def read_runs(path: Path) -> list[RunRecord]:
+    """What `write_runs` wrote; raises `AgftError` naming the file and what is wrong."""
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        return [RunRecord.from_json(run) for run in runs]
+    except OSError as error:
+        raise AgftError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AgftError(
+            f"{path}: is not what --json of agft-ray writes ({type(error).__name__}: {error})"
+        ) from None
+
+
+def records_of_replay(
+    result: ReplayResult,
+    comparison: Comparison,
+    *,
+    trace: str | None,
+    seed: int | None,
+    keep: float | None = None,
+) -> list[RunRecord]:
+    """A record for each role. A holdout keeps default clocks, so its policy is 'default'."""
+    return [
+        _record_of_group(group, result, comparison, {"trace": trace, "seed": seed, "keep": keep})
+        for group in comparison.groups
+    ]
+
+
+def _record_of_group(
+    group: Group, result: ReplayResult, comparison: Comparison, origin: dict[str, Any]
+) -> RunRecord:
+    members = [r for s in result.timeline for r in s.replicas if group.role in (r.role, "all")]
+    slo = comparison.slo
+    return RunRecord(
+        policy="default" if group.role == HOLDOUT else _names(r.policy for r in members) or UNKNOWN,
+        gpu=_names(r.gpu_model for r in members),
+        model=result.model or None,
+        replicas=group.replicas,
+        requests=group.e2e_s.count,
+        duration_s=comparison.duration_s,
+        energy_j=group.energy_j,
+        mean_power_w=group.mean_power_w,
+        output_tokens=group.output_tokens,
+        energy_per_output_token_j=group.energy_per_output_token_j,
+        ttft_s=group.ttft_s,
+        tpot_s=group.tpot_s,
+        e2e_s=group.e2e_s,
+        edp_j_s=group.edp_j_s,
+        slo_attainment=group.slo_attainment,
+        clock_changes=group.clock_changes,
+        windows_to_converge=None,
+        failed=group.failed,
+        prompt_tokens=group.prompt_tokens,
+        sm_clock_mhz=group.sm_clock_mhz,
+        role=group.role,
+        slo_ttft_s=slo.ttft_s if slo else None,
+        slo_tpot_s=slo.tpot_s if slo else None,
+        **origin,
+    )
+
+
+def _names(names: Iterable[str]) -> str | None:
+    """The different ones, joined; None if there are none."""
+    return "+".join(sorted({name for name in names if name})) or None
+
+
+def policies_of(records: Sequence[RunRecord]) -> list[str]:
+    """The policies, in the order in which they first come."""
+    return list(dict.fromkeys(record.policy for record in records))

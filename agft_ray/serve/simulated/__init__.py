@@ -1,0 +1,1 @@
+"""The simulated deployment: an OpenAI-compatible server on a simulated engine and GPU."""

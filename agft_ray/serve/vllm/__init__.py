@@ -1,0 +1,1 @@
+"""vLLM's statistics: in process, from its stat loggers, or over HTTP."""

@@ -1,0 +1,174 @@
+"""Policies x seeds of one scenario: which runs are needed, and what is chosen from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from agft_ray.errors import AgftError
+from agft_ray.results.comparison import with_regret
+from agft_ray.results.labels import BEST_STATIC, DEFAULT, FRONTIER, LOWER_BOUND, ORACLE_PAIR
+from agft_ray.results.record import RunRecord
+from agft_ray.study.lower_bound import perform_lower_bound
+from agft_ray.study.oracle import (
+    Bounds,
+    OracleObjective,
+    best_static,
+    fixed_jobs,
+    oracle_pair,
+    pair_jobs,
+)
+from agft_ray.study.policy_specs import SEARCHES, PolicySpec, parse_policy
+from agft_ray.study.pool import OnProgress, Pool, Report
+from agft_ray.study.run import Job, Run, measure, perform
+from agft_ray.study.scenario import Scenario
+
+R = TypeVar("R")
+OnPhase = Callable[[str, int], OnProgress]
+"""Told a phase's name and its number of runs; says whom to tell how far they are."""
+
+
+def run_folder(folder: Path, label: str, seed: int) -> Path:
+    """Where the rows of one run go."""
+    name = "".join(c if c.isalnum() or c in "-_.=" else "-" for c in label)
+    return folder / name / f"seed-{seed}"
+
+
+@dataclass(slots=True)
+class Study:
+    """What `agft-ray simulate` was asked for, and the records so far.
+
+    `run` fills `records` phase by phase, so that an interrupted study has what was finished.
+    """
+
+    scenario: Scenario
+    specs: Sequence[PolicySpec]
+    seeds: Sequence[int]
+    folder: Path | None = None
+    """Where the rows of the named policies' runs go."""
+    clock_step_mhz: int = 90
+    oracle_step_mhz: int = 90
+    oracle_objective: OracleObjective = "edp"
+    records: list[RunRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the results should know."""
+
+    def run(self, pool: Pool, on_phase: OnPhase) -> list[RunRecord]:
+        """All records: default clocks first, then policies in their order, each by seed.
+
+        The same study gives the same records on any pool. Raises `AgftError` for what is wrong
+        with the scenario.
+        """
+        try:
+            default = self._default(pool, on_phase)
+            self._named(pool, on_phase, default)
+            self._fixed(pool, on_phase, default)
+            self._oracle(pool, on_phase, default)
+            self._lower_bound(pool, on_phase, default)
+        finally:
+            self.records = self._ordered(with_regret(self.records))
+        return self.records
+
+    def _wants(self, name: str) -> bool:
+        return any(spec.label == name for spec in self.specs)
+
+    def _job(self, spec: PolicySpec, seed: int, default: Run | None = None) -> Job:
+        folder = self.folder and run_folder(self.folder, spec.label, seed)
+        return Job(self.scenario, spec, seed, folder, default)
+
+    def _default(self, pool: Pool, on_phase: OnPhase) -> dict[int, Run]:
+        jobs = [self._job(parse_policy(DEFAULT), seed) for seed in self.seeds]
+        runs = _all(pool, perform, jobs, on_phase("default clocks", len(jobs)))
+        found = {seed: run for seed, run in zip(self.seeds, runs, strict=True) if run is not None}
+        self.records += [run.record for run in found.values()]
+        for seed, run in found.items():
+            if not run.record.requests:
+                raise AgftError(
+                    f"seed {seed}: no request was served; lengthen --duration, or raise --keep or "
+                    "--rate"
+                )
+        if failed := sum(run.record.failed for run in found.values()):
+            self.notes.append(
+                f"{failed} requests of {len(found)} runs exceed max_model_len and were rejected."
+            )
+        return found
+
+    def _named(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
+        specs = [spec for spec in self.specs if spec.settings and spec.label != DEFAULT]
+        jobs = [self._job(spec, seed, default[seed]) for spec in specs for seed in self.seeds]
+        for _, record in pool(measure, jobs, on_phase("policies", len(jobs))):
+            if record is not None:
+                self.records.append(record)
+
+    def _fixed(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
+        if not (self._wants(FRONTIER) or self._wants(BEST_STATIC)):
+            return
+        jobs = [
+            job
+            for seed in self.seeds
+            for job in fixed_jobs(self._template(seed), default[seed], self.clock_step_mhz)
+        ]
+        runs = _all(pool, measure, jobs, on_phase("fixed clocks", len(jobs)))
+        found = [run for run in runs if run is not None]
+        if drowned := len(runs) - len(found):
+            self.notes.append(
+                f"{drowned} runs at the lowest fixed clocks could not keep up and were left out."
+            )
+        if self._wants(FRONTIER):
+            have = {(record.policy, record.seed) for record in self.records}
+            self.records += [r for r in found if (r.policy, r.seed) not in have]
+        if self._wants(BEST_STATIC):
+            chosen = (best_static(r for r in found if r.seed == seed) for seed in self.seeds)
+            self.records += [record for record in chosen if record is not None]
+
+    def _oracle(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
+        if not self._wants(ORACLE_PAIR):
+            return
+        jobs = [
+            job
+            for seed in self.seeds
+            for job in pair_jobs(self._template(seed), default[seed], self.oracle_step_mhz)
+        ]
+        runs = _all(pool, measure, jobs, on_phase("pairs of clocks", len(jobs)))
+        found = [run for run in runs if run is not None]
+        for seed in self.seeds:
+            bounds = Bounds.of(default[seed].record, self.scenario.slo)
+            runs_of_seed = (record for record in found if record.seed == seed)
+            best = oracle_pair(runs_of_seed, bounds, self.oracle_objective)
+            if best is not None:
+                self.records.append(best)
+            else:
+                self.notes.append(f"oracle_pair: no pair of clocks meets the bounds, seed {seed}.")
+
+    def _lower_bound(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
+        if self._wants(LOWER_BOUND):
+            jobs = [replace(self._template(s), default=default[s]) for s in self.seeds]
+            on_progress = on_phase("lower bound", len(jobs))
+            self.records += _all(pool, perform_lower_bound, jobs, on_progress)
+
+    def _template(self, seed: int) -> Job:
+        return Job(self.scenario, parse_policy(DEFAULT), seed)
+
+    def _ordered(self, records: Sequence[RunRecord]) -> list[RunRecord]:
+        """Default clocks, named policies in their order, the static frontier by clock, searches."""
+        labels = [spec.label for spec in self.specs if spec.settings]
+        order = {label: place for place, label in enumerate(dict.fromkeys([DEFAULT, *labels]))}
+        last = {label: len(order) + 1 + place for place, label in enumerate(SEARCHES)}
+        seeds = {seed: place for place, seed in enumerate(self.seeds)}
+
+        def key(record: RunRecord) -> tuple[int, int, int]:
+            place = (order | last).get(record.policy, len(order))
+            clock = int(record.policy.partition(":")[2]) if place == len(order) else 0
+            return place, clock, seeds[record.seed or 0]
+
+        return sorted(records, key=key)
+
+
+def _all(
+    pool: Pool, work: Callable[[Any, Report], R], jobs: Sequence[Any], on_progress: OnProgress
+) -> list[R]:
+    """The results in the order of the jobs, whichever is done first."""
+    results: dict[int, R] = dict(pool(work, jobs, on_progress))
+    return [results[number] for number in range(len(jobs))]

@@ -1,0 +1,1 @@
+"""Replicas in virtual time: the loop, policies and engine that run under Ray."""

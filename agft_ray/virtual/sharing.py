@@ -1,0 +1,65 @@
+"""What the fleet's aggregator does, in virtual time: experience is added up and handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agft_ray.clock import Clock
+from agft_ray.policy.reward import REWARD_SCHEMA
+from agft_ray.priors.store import ExperienceStore, ReplicaReport
+from agft_ray.settings import TunerConfig
+from agft_ray.telemetry.features import FEATURE_SCHEMA
+from agft_ray.tuner import Tuner
+from agft_ray.types import PriorKey
+from agft_ray.virtual.replica import FleetSetup, VirtualReplica
+
+_DEPLOYMENT = "simulated"
+_EXPIRY_ROUNDS = 6.0
+"""Exchanges after which a silent replica would not count as live; none is silent here."""
+
+
+class ExperienceSharing:
+    """One `ExperienceStore` for all tuned replicas, which report in the order of their numbers."""
+
+    def __init__(self, setup: FleetSetup, replicas: Sequence[VirtualReplica], clock: Clock) -> None:
+        self._setup = setup
+        self._store = ExperienceStore(clock=clock, expiry_s=_EXPIRY_ROUNDS * setup.share_interval_s)
+        self._tuned = [
+            (replica.index, replica.tuner) for replica in replicas if replica.tuner is not None
+        ]
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is anything to exchange again and again: holdouts are settled at once."""
+        return (
+            len(self._tuned) > 1
+            and self._setup.tuner.share_experience
+            and any(tuner.policy.experience() is not None for _, tuner in self._tuned)
+        )
+
+    def exchange(self) -> None:
+        """Every replica reports, learns whether it is held out, and takes its prior."""
+        config = self._setup.tuner
+        for index, tuner in self._tuned:
+            shared = tuner.policy.experience() if config.share_experience else None
+            reply = self._store.report(
+                ReplicaReport(str(index), _DEPLOYMENT, index, self._key(tuner), shared)
+            )
+            tuner.holdout = reply.order < config.holdout_replicas
+            if reply.prior is not None and config.share_experience:
+                tuner.offer_prior(reply.prior)
+
+    def _key(self, tuner: Tuner) -> PriorKey:
+        config: TunerConfig = self._setup.tuner
+        return PriorKey(
+            gpu_model=tuner.gpu.model,
+            engine_model=self._setup.model,
+            tensor_parallel=1,
+            role=tuner.role,
+            quantisation="none",
+            objective=f"{config.objective} ttft<={config.slo.ttft_s} tpot<={config.slo.tpot_s}",
+            window_s=config.window_s,
+            feature_schema=FEATURE_SCHEMA,
+            reward_schema=REWARD_SCHEMA,
+            policy=config.policy.name,
+        )

@@ -1,0 +1,1 @@
+"""Requests to serve: recorded traces and generated workloads."""

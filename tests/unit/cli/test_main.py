@@ -1,0 +1,155 @@
+import pytest
+import yaml
+
+from agft_ray.cli.app import main
+from agft_ray.serve.checks import simulated_app, validate_file
+
+CONFIG = "configs/simulated.yaml"
+
+
+@pytest.fixture
+def edited(tmp_path, request):
+    """Writes the shipped config after an edit; returns its path."""
+    content = yaml.safe_load((request.config.rootpath / CONFIG).read_text())
+
+    def write(edit):
+        edit(content, content["applications"][0])
+        path = tmp_path / "edited.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def test_every_shipped_config_is_valid(request):
+    paths = sorted((request.config.rootpath / "configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        assert validate_file(path)
+
+
+def test_validate_says_what_will_run(capsys, request):
+    assert main(["validate", str(request.config.rootpath / CONFIG)]) == 0
+    words = "3 replicas of llama-3.1-8b on simulated GPUs (rtx_a6000), 1 held out"
+    assert words in capsys.readouterr().out
+
+
+def test_user_config_takes_the_place_of_tuner(edited):
+    def edit(content, application):
+        application["args"]["tuner"] = {"mode": "off"}
+
+    config = simulated_app(edited(edit))
+    assert config.tuner.mode == "control"
+
+
+def test_validate_names_all_problems_by_their_place(edited, capsys):
+    def edit(content, application):
+        application["args"] |= {"speeed": 4, "num_replicas": 0, "gpu": {"profile": "rtx_9999"}}
+        user_config = application["deployments"][0]["user_config"]
+        user_config |= {"slo": {"tpot_s": float("nan")}, "min_sm_clock_mhz": "low"}
+        content["http_options"]["port"] = "eight thousand"
+
+    assert main(["validate", str(edited(edit))]) == 2
+    message = capsys.readouterr().err
+    for words in (
+        "applications.0.args.speeed: unknown setting; did you mean 'speed'?",
+        "applications.0.args.num_replicas: input should be greater than or equal to 1, got 0",
+        "no profile named 'rtx_9999', choose one of: a100_sxm_80gb, h100_sxm_80gb, rtx_a6000",
+        "applications.0.deployments.0.user_config.slo.tpot_s",
+        "applications.0.deployments.0.user_config.min_sm_clock_mhz",
+        "http_options.port",
+    ):
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"speed": 20}, "engine pushes"),
+        ({"model": "gpt-9"}, "choose one of: llama-3.1-8b"),
+        ({"engine": {"kv_blocks": 2}}, "must hold max_model_len"),
+        ({"num_replicas": 0}, "num_replicas"),
+        ({"tuner": {"holdout_replicas": 9}}, "must not exceed num_replicas (3)"),
+        ({"tuner": {"min_sm_clock_mhz": 5000}}, "this GPU supports 210..2100 MHz"),
+        ({"gpu": {"kind": "amd"}}, "'simulated', 'nvml', 'zeusd'"),
+        ({"gpu": {"state_dir": "here"}}, "not an absolute path"),
+        ({"seed": float("inf")}, "seed"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(edited, capsys, change, words):
+    def edit(content, application):
+        application["args"] |= change
+        del application["deployments"]
+
+    assert main(["validate", str(edited(edit))]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 2, message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "not valid YAML"),
+        ("a: 1", "applications: required"),
+        ("applications: []", "nothing to check"),
+    ],
+)
+def test_files_that_are_no_serve_config(tmp_path, capsys, text, words):
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    assert main(["validate", str(path)]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("deployments", [5, ["foo"], [{"name": "Other"}]])
+def test_odd_deployments_are_named(edited, capsys, deployments):
+    def edit(content, application):
+        application["deployments"] = deployments
+
+    assert main(["validate", str(edited(edit))]) == 2
+    assert "applications.0.deployments" in capsys.readouterr().err
+
+
+def test_demo_refuses_before_ray_starts(edited, capsys):
+    def edit(content, application):
+        application["args"]["speed"] = -1
+
+    assert main(["demo", str(edited(edit))]) == 2
+    assert "args.speed" in capsys.readouterr().err
+
+
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+GOOD = "2023-11-16 18:15:46.6805900,374,44\n"
+
+
+def test_a_broken_trace_line_is_named_and_nothing_is_sent(tmp_path, capsys):
+    path = tmp_path / "trace.csv"
+    path.write_text(HEADER + GOOD + "2023-11-16 18:15:47.0,many,3\n")
+    assert main(["replay", "--trace", str(path), "--url", "http://127.0.0.1:9"]) == 2
+    assert "trace.csv" in (message := capsys.readouterr().err)
+    assert "line 3" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--trace", "absent.csv"], "absent.csv"),
+        ([], "--duration"),
+        (["--duration", "10", "--rate", "-1"], "rate"),
+        (["--duration", "nan"], "duration"),
+        (["--trace", __file__, "--keep", "2"], "keep"),
+        (["--trace", __file__, "--rate", "2"], "--rate: sets the generated workload"),
+        (["--duration", "10", "--workload", "poison"], "did you mean 'poisson'?"),
+        (["--duration", "10", "--workload", "gamma_burst", "--param", "cv=-1"], "cv: input"),
+        (["--duration", "10", "--param", "cv"], "--param: must be KEY=VALUE, got 'cv'"),
+    ],
+)
+def test_bad_replays_are_refused(capsys, arguments, words):
+    assert main(["replay", "--url", "http://127.0.0.1:9", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_plot_needs_a_replay(tmp_path, capsys):
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "timeline.csv" in capsys.readouterr().err
