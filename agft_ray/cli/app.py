@@ -26,7 +26,8 @@ from agft_ray.types import Request
 if TYPE_CHECKING:
     from agft_ray.gpu.config import GpuConfig
     from agft_ray.replay.result import ReplayResult
-    from agft_ray.replay.summary import Comparison, Slo
+    from agft_ray.replay.summary import Comparison
+    from agft_ray.results.distribution import Slo
     from agft_ray.settings import TunerConfig
 
 DEMO_WALL_S = 180.0
@@ -170,8 +171,9 @@ def _described(gpu: GpuConfig, tuner: TunerConfig) -> str:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from agft_ray.replay.summary import Slo
-    from agft_ray.results.record import records_of_replay, write_runs
+    from agft_ray.replay.records import records_of_replay
+    from agft_ray.results.distribution import Slo
+    from agft_ray.results.record import write_runs
     from agft_ray.workloads.generators import workload_name
 
     bounds_s = (arguments.slo_ttft, arguments.slo_tpot)
@@ -195,7 +197,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from agft_ray.replay.summary import Slo
+    from agft_ray.results.distribution import Slo
     from agft_ray.serve.checks import simulated_app
     from agft_ray.serve.run import serve_run
 
@@ -247,7 +249,7 @@ def _run_replay(
     comparison = summarise(result, slo=slo)
     print_comparison(comparison, Console())
     if out is not None:
-        result.write(out, slo=slo)
+        result.write(out, summary=comparison.to_json())
     return result, comparison
 
 

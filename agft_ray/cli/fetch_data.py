@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agft_ray.errors import ConfigError, DownloadError
+from agft_ray.results.terminal import PLAIN_PERIOD_S
 
 if TYPE_CHECKING:
     from agft_ray.workloads.download import OnBytes
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-PLAIN_PERIOD_S = 10.0
 MB = 1e6
 
 

@@ -21,7 +21,7 @@ class LeasableGpu(Gpu, Protocol):
     """A single GPU that can say how it is brought back to default clocks."""
 
     def target(self) -> dict[str, object]:
-        """See `gpu.restore.restore`."""
+        """See `gpu.safety.restore.restore`."""
         ...
 
 

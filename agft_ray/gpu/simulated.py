@@ -49,7 +49,7 @@ class SimulatedGpu(_SmClocks):
         return self._shared.profile.supported_sm_clocks_mhz
 
     def target(self) -> dict[str, object]:
-        """How a process that knows nothing else resets it; see `gpu.restore.restore`."""
+        """How a process that knows nothing else resets it; see `gpu.safety.restore.restore`."""
         return {
             "uuid": self.uuid,
             "backend": "simulated",

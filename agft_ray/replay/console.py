@@ -13,14 +13,13 @@ from agft_ray.replay.client import Progress
 from agft_ray.replay.result import ReplicaStatus, ServerStatus
 from agft_ray.replay.summary import Comparison, Group
 from agft_ray.replay.timeline import growth
+from agft_ray.results.terminal import NO_VALUE, PLAIN_PERIOD_S
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-NO_VALUE = "—"
 BLOCKS = "▁▂▃▄▅▆▇█"
-PLAIN_PERIOD_S = 10.0
 VISIBLE_CHANGE_PERCENT = 0.5
 """Smaller changes are not coloured."""
 

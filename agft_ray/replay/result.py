@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from agft_ray.files import write_csv, write_json
-
-if TYPE_CHECKING:
-    from agft_ray.replay.summary import Slo
 
 OK = "ok"
 INTERRUPTED = "interrupted"
@@ -147,22 +144,21 @@ class ReplayResult:
     """The server came to rest before the last status was taken."""
     missed_polls: int = 0
 
-    def write(self, directory: str | Path, *, slo: Slo | None = None) -> None:
+    def write(self, directory: str | Path, *, summary: Any) -> None:
         """Write the three files into `directory`, each replaced as a whole or not at all.
 
         `requests.csv` has the fields of `RequestRow`, a row a request; `timeline.csv` has `now_s`
         (the server's simulated time at the poll) and the fields of `ReplicaStatus`, a row a poll
-        and replica; `summary.json` is `Comparison.to_json()`. An empty cell is "no value".
+        and replica; `summary.json` is `summary`, of `Comparison.to_json()`. An empty cell is
+        "no value".
         """
-        from agft_ray.replay.summary import summarise  # it is built on this module
-
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         names = [field.name for field in fields(RequestRow)]
         write_csv(target / "requests.csv", names, (astuple(row) for row in self.rows))
         header = ["now_s", *ReplicaStatus.model_fields]
         write_csv(target / "timeline.csv", header, self._timeline_rows())
-        write_json(target / "summary.json", summarise(self, slo=slo).to_json())
+        write_json(target / "summary.json", summary)
 
     def _timeline_rows(self) -> Iterator[Iterable[Any]]:
         for status in self.timeline:

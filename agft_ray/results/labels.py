@@ -3,3 +3,5 @@
 DEFAULT = "default"
 FRONTIER, BEST_STATIC = "frontier", "best_static"
 ORACLE_PAIR, LOWER_BOUND = "oracle_pair", "lower_bound"
+HOLDOUT = "holdout"
+"""The role of replicas that are kept at default clocks."""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from agft_ray.replay.console import NO_VALUE, PLAIN_PERIOD_S
 from agft_ray.results.comparison import METRIC, METRICS, Metric, PolicyStanding, standings
 from agft_ray.results.labels import DEFAULT
 from agft_ray.results.record import RunRecord
 from agft_ray.results.spread import Spread
+from agft_ray.results.terminal import NO_VALUE, PLAIN_PERIOD_S
 from agft_ray.study.policy_specs import SEARCHES
 from agft_ray.study.pool import OnProgress
 from agft_ray.study.study import OnPhase

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from agft_ray.replay.summary import Distribution
+from agft_ray.results.distribution import Distribution
 from agft_ray.results.labels import LOWER_BOUND
 from agft_ray.results.record import RunRecord
 from agft_ray.simulation.device import Device

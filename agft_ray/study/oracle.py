@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from agft_ray.errors import ConfigError
-from agft_ray.replay.summary import Distribution
+from agft_ray.results.distribution import Distribution
 from agft_ray.results.labels import BEST_STATIC, ORACLE_PAIR
 from agft_ray.results.record import RunRecord
 from agft_ray.settings import SloConfig

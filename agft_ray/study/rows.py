@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agft_ray.files import replacing
-from agft_ray.replay.summary import Distribution, Slo
 from agft_ray.results.convergence import FleetWindows
+from agft_ray.results.distribution import Distribution, Slo
 from agft_ray.types import RequestTimings
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from agft_ray.config import Count, Positive, StrictModel, parse
 from agft_ray.errors import ConfigError
 from agft_ray.policy.reference.policy import REFERENCE_WINDOW_S, AgftReferenceConfig
-from agft_ray.replay.summary import Slo
+from agft_ray.results.distribution import Slo
 from agft_ray.settings import SloConfig, TunerConfig
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import GpuProfile, load_gpu_profile

@@ -44,7 +44,7 @@ def test_no_request_is_lost_and_all_accounts_agree(directory, conversation_trace
     content = simulated_config(directory, args={"speed": SPEED})
     with running_app(directory, content) as app:
         result = asyncio.run(replay(requests, url=app.url, duration_s=DURATION_S))
-        result.write(directory / "out")
+        result.write(directory / "out", summary=summarise(result).to_json())
         final = {replica.replica: replica for replica in result.timeline[-1].replicas}
 
     assert len(requests) > 100

@@ -39,7 +39,7 @@ class ClockWriter(Protocol):
     """Who sets one GPU's clocks: NVML, or a daemon with the privilege. Raises `GpuError`s."""
 
     def target(self) -> dict[str, object]:
-        """The restore target's fields that say how to reach the GPU: see `restore.check_target`."""
+        """The restore target's fields that say how to reach the GPU (`safety.target`)."""
         ...
 
     def lock_sm_clocks(self, min_mhz: int, max_mhz: int) -> None: ...
@@ -143,7 +143,7 @@ class NvmlGpu:
         return self._reader.rejected
 
     def target(self) -> dict[str, object]:
-        """How another process brings this GPU back to default clocks: see `restore.check_target`.
+        """How another process brings this GPU back to default clocks: see `safety.target`.
 
         Asks NVML for nothing, but for a power limit that was not looked at yet.
         """

@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from agft_ray.errors import GpuError, GpuNotSupportedError, GpuPermissionError
-from agft_ray.gpu import restore
-from agft_ray.gpu.safety import deadline
+from agft_ray.gpu.safety import deadline, restore
 from agft_ray.gpu.safety import lock as lease_lock
 from agft_ray.gpu.safety import record as lease_record
 from agft_ray.gpu.safety.deadline import Job

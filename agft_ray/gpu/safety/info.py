@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from agft_ray.gpu.restore import is_uuid, nvml_target
 from agft_ray.gpu.safety import lock as lease_lock
 from agft_ray.gpu.safety import record as lease_record
 from agft_ray.gpu.safety.directory import Path, check_directory
 from agft_ray.gpu.safety.record import Paths, Record, believed_record
+from agft_ray.gpu.safety.target import is_uuid, nvml_target
 
 
 class LeaseInfo(NamedTuple):

@@ -26,7 +26,6 @@ from agft_ray.errors import (
     LeaseHeldError,
     LeaseLostError,
 )
-from agft_ray.gpu.restore import Outcome, Target, check_target, nvml_target, restore
 from agft_ray.gpu.safety import deadline
 from agft_ray.gpu.safety import lock as lease_lock
 from agft_ray.gpu.safety import record as lease_record
@@ -37,6 +36,8 @@ from agft_ray.gpu.safety.info import LeaseInfo as LeaseInfo
 from agft_ray.gpu.safety.info import holder, recorded
 from agft_ray.gpu.safety.info import leases as leases
 from agft_ray.gpu.safety.record import DamagedRecordError, Paths, Record, believed_record
+from agft_ray.gpu.safety.restore import restore
+from agft_ray.gpu.safety.target import Outcome, Target, check_target, nvml_target
 
 PATIENCE_S = 0.05
 """How long a lock is tried for: somebody who only looks may have it for a moment."""

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from agft_ray.errors import GpuError
-from agft_ray.gpu import restore
+from agft_ray.gpu.safety import restore
 from agft_ray.gpu.safety.lease import default_directory, sweep
+from agft_ray.gpu.safety.target import BACKENDS
 from agft_ray.gpu.safety.waiting import poller, stop_signals
 
 
@@ -23,7 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if not 0.01 <= options.interval_s <= 3600:
         parser.error(f"--interval-s must be from 0.01 to 3600 s, got {options.interval_s}")
-    for backend in restore.BACKENDS:
+    for backend in BACKENDS:
         with contextlib.suppress(GpuError):
             restore.prepare(backend)
     poll = poller(stop_signals())

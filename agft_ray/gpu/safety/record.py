@@ -17,8 +17,8 @@ import time
 from typing import Any, NamedTuple
 
 from agft_ray.errors import GpuArgumentError, GpuError, GpuPermissionError, GpuTransientError
-from agft_ray.gpu.restore import Target, check_target, is_uuid
 from agft_ray.gpu.safety.directory import Path, refusal
+from agft_ray.gpu.safety.target import Target, check_target, is_uuid
 
 MAX_BYTES = 4096
 MAX_BAR_S = 3600.0

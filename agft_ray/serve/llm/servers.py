@@ -34,7 +34,8 @@ from agft_ray.serve.llm.config import (
     LlmPdAppConfig,
     check_llm_config,
 )
-from agft_ray.serve.vllm.statistics import VllmStats, look_at_vllm
+from agft_ray.serve.vllm.look import look_at_vllm
+from agft_ray.serve.vllm.statistics import VllmStats
 from agft_ray.simulation.profiles import load_gpu_profile
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from vllm.v1.metrics import stats as vllm_stats
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, SchedulerStats
 
-from agft_ray.serve.vllm.statistics import DETAILS_FIELDS, missing_fields, registered_stats
+from agft_ray.serve.vllm.fields import DETAILS_FIELDS, missing_fields
+from agft_ray.serve.vllm.receiver import receiver
 
 OPTION = "enable_logging_iteration_details"
 
@@ -21,7 +22,7 @@ class TunerStatLogger(StatLoggerBase):  # type: ignore[misc]
     """Passes on what vLLM tells it; one for each data-parallel engine. See `VllmStats`."""
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-        self._stats = registered_stats()
+        self._stats = receiver()
         if self._stats is not None:
             observability = getattr(vllm_config, "observability_config", None)
             details = getattr(observability, OPTION, False) and times_steps()

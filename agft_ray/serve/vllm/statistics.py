@@ -8,12 +8,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agft_ray.errors import StaleMetricsError
+from agft_ray.serve.vllm.receiver import receiver, set_receiver
 from agft_ray.telemetry.counters import EngineStats
 from agft_ray.types import EngineSample
 
@@ -25,25 +26,6 @@ _ENTRY_POINTS = f"""
 [vllm.stat_logger_plugins]
 {PLUGIN} = agft_ray.serve.vllm.plugin:TunerStatLogger
 """
-
-SCHEDULER_FIELDS = (
-    "num_running_reqs",
-    "num_waiting_reqs",
-    "kv_cache_usage",
-    "prefix_cache_stats",
-)
-ITERATION_FIELDS = (
-    "num_prompt_tokens",
-    "num_generation_tokens",
-    "num_preempted_reqs",
-    "time_to_first_tokens_iter",
-    "inter_token_latencies_iter",
-    "finished_requests",
-)
-FINISHED_FIELDS = ("e2e_latency",)
-PREFIX_FIELDS = ("queries", "hits")
-DETAILS_FIELDS = ("num_ctx_tokens", "num_generation_tokens", "elapsed_ms", "is_dummy")
-"""What is read of vLLM's statistics, which it calls unstable; these names hold for 0.29 to 0.32."""
 
 SILENCE_LIMIT_S = 10.0
 """An engine that has requests and does no step for longer is taken to hang; prefill of a long
@@ -132,19 +114,18 @@ class VllmStats:
         finds one, is as it was everywhere else in the environment. Never raises: what is wrong is
         logged, and `sample` says it.
         """
-        global _registered
-        if _registered is not None:
+        if receiver() is not None:
             self._fail("another engine is starting in this process; start them one after the other")
             yield
             return
         finder = _PluginFinder()
-        _registered = self
+        set_receiver(self)
         sys.meta_path.append(finder)
         try:
             yield
         finally:
             sys.meta_path.remove(finder)
-            _registered = None
+            set_receiver(None)
         if not self._engines:
             self._fail(f"vLLM did not load its plugin {PLUGIN!r}: {_why_not_loaded()}")
 
@@ -217,46 +198,6 @@ class VllmStats:
     def _fail(self, problem: str, *, exc_info: BaseException | None = None) -> None:
         self._problem = problem
         log.error("%s; serving goes on, the clocks return to default", problem, exc_info=exc_info)
-
-
-_registered: VllmStats | None = None
-
-
-def registered_stats() -> VllmStats | None:
-    """Whoever is to be told by the engine that starts now."""
-    return _registered
-
-
-def look_at_vllm() -> tuple[str, bool]:
-    """Why the installed vLLM's statistics are not enough to tune by, or ""; and whether it can be
-    told to time its steps (by `enable_logging_iteration_details`).
-
-    Never raises, whatever is installed: a replica serves without a tuner just as well.
-    """
-    try:
-        from agft_ray.serve.vllm import plugin as vllm_plugin
-
-        return vllm_plugin.problem(), vllm_plugin.times_steps()
-    except Exception as error:
-        log.warning("this vLLM's statistics cannot be looked at", exc_info=error)
-        return f"this vLLM's statistics are of a form that is not known: {error!r}", False
-
-
-def missing_fields(scheduler: object, iteration: object, finished: Iterable[str]) -> str:
-    """What is not there of all that is read, as a reason to observe only; "" if nothing.
-
-    Args:
-        scheduler, iteration: vLLM's statistics of one iteration, empty ones for instance.
-        finished: the field names of its statistics of a finished request.
-    """
-    missing = [f"SchedulerStats.{n}" for n in SCHEDULER_FIELDS if not hasattr(scheduler, n)]
-    prefix = getattr(scheduler, "prefix_cache_stats", None)
-    if prefix is not None:
-        missing += [f"PrefixCacheStats.{n}" for n in PREFIX_FIELDS if not hasattr(prefix, n)]
-    missing += [f"IterationStats.{n}" for n in ITERATION_FIELDS if not hasattr(iteration, n)]
-    names = set(finished)
-    missing += [f"FinishedRequestStats.{n}" for n in FINISHED_FIELDS if n not in names]
-    return f"this vLLM has no {', '.join(missing)}" if missing else ""
 
 
 def _why_not_loaded() -> str:

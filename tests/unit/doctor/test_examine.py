@@ -30,8 +30,8 @@ from agft_ray.doctor.findings import Privileges
 from agft_ray.gpu.nvml import backend as nvml
 from agft_ray.gpu.nvml.session import NvmlSession
 from agft_ray.gpu.probe import watch_energy_counter
-from agft_ray.gpu.restore import nvml_target
 from agft_ray.gpu.safety.lease import Lease
+from agft_ray.gpu.safety.target import nvml_target
 
 ROOT = Path(__file__).parents[3]
 NO_PERMISSION, NOT_SUPPORTED = 4, 3

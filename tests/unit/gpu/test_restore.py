@@ -32,10 +32,12 @@ from agft_ray.errors import (
     GpuUnavailableError,
     LeaseHeldError,
 )
-from agft_ray.gpu import restore as module
-from agft_ray.gpu.restore import check_target, main, nvml_target, reset_gpus, restore
+from agft_ray.gpu.restore import FORCED, main, reset_gpus
+from agft_ray.gpu.safety import restore as module
 from agft_ray.gpu.safety.guard import Guard
 from agft_ray.gpu.safety.lease import Lease, leases, sweep
+from agft_ray.gpu.safety.restore import restore
+from agft_ray.gpu.safety.target import check_target, nvml_target
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +386,7 @@ def test_the_command_resets_what_dead_owners_left(directory, path, tmp_path, cap
     assert "GPU-1: NOT reset: in use by PID" in out
     living.check()
     code, out = run(capsys, "--all", "--force", *where)
-    assert (code, out) == (0, f"GPU-1: reset, and barred for a minute\n{module.FORCED}\n")
+    assert (code, out) == (0, f"GPU-1: reset, and barred for a minute\n{FORCED}\n")
     assert locked_mhz(living_path) is None
     assert living.is_lost()
     with pytest.raises(LeaseHeldError, match="barred"):

@@ -17,6 +17,7 @@ from agft_ray.errors import AgftError, ConfigError
 from agft_ray.replay.client import replay
 from agft_ray.replay.endpoint import Exchange
 from agft_ray.replay.result import ReplayResult, RequestRow, ServerStatus, bottlenecks
+from agft_ray.replay.summary import summarise
 from agft_ray.types import Request
 
 DELAY_S = 0.05
@@ -515,7 +516,7 @@ def test_files(tmp_path):
     timeline = [status_body(now_s=1.0), status_body(now_s=2.0, energy_j=5.0, energy_t_s=1.0)]
     result = result_of(rows, timeline)
     for _ in range(2):  # the second time they are replaced
-        result.write(tmp_path / "deep" / "run")
+        result.write(tmp_path / "deep" / "run", summary=summarise(result).to_json())
     folder = tmp_path / "deep" / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
         "requests.csv",
@@ -538,11 +539,12 @@ def test_files(tmp_path):
 
 
 def test_a_file_that_cannot_be_completed_leaves_the_old_one(tmp_path):
-    result_of([row(0)]).write(tmp_path)
+    result = result_of([row(0)])
+    result.write(tmp_path, summary=summarise(result).to_json())
     before = (tmp_path / "summary.json").read_bytes()
     broken = ReplayResult((row(0, ttft_s=float("nan")),), (), 0.0, 1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        broken.write(tmp_path)
+        broken.write(tmp_path, summary=summarise(broken).to_json())
     assert (tmp_path / "summary.json").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 3
 

@@ -14,7 +14,8 @@ from agft_ray.replay.console import (
     sparkline,
 )
 from agft_ray.replay.result import ServerStatus
-from agft_ray.replay.summary import Comparison, Distribution, Group, Slo
+from agft_ray.replay.summary import Comparison, Group
+from agft_ray.results.distribution import Distribution, Slo
 
 
 def group(role, **values):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from agft_ray.replay.result import ReplayResult, RequestRow, ServerStatus
-from agft_ray.replay.summary import Distribution, Slo, summarise
+from agft_ray.replay.summary import summarise
+from agft_ray.results.distribution import Distribution, Slo
 
 
 def replica(name, role, t_s, **values):

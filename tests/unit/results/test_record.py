@@ -8,9 +8,11 @@ import pytest
 
 from agft_ray.errors import AgftError
 from agft_ray.files import replacing, write_json
+from agft_ray.replay.records import records_of_replay
 from agft_ray.replay.result import ReplayResult, RequestRow, ServerStatus
-from agft_ray.replay.summary import Distribution, Slo, summarise
-from agft_ray.results.record import RunRecord, read_runs, records_of_replay, write_runs
+from agft_ray.replay.summary import summarise
+from agft_ray.results.distribution import Distribution, Slo
+from agft_ray.results.record import RunRecord, read_runs, write_runs
 
 RECORD = RunRecord(
     policy="agft",

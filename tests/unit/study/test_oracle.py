@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from agft_ray.errors import ConfigError
-from agft_ray.replay.summary import Distribution
 from agft_ray.results.comparison import ranking, standings, with_regret
+from agft_ray.results.distribution import Distribution
 from agft_ray.settings import SloConfig
 from agft_ray.simulation.physics import StepWork
 from agft_ray.simulation.profiles import load_gpu_profile

@@ -9,7 +9,7 @@ import pytest
 from agft_ray.errors import AgftError
 from agft_ray.policy.agft.policy import AgftConfig
 from agft_ray.policy.reference.policy import AgftReferenceConfig
-from agft_ray.replay.summary import Slo
+from agft_ray.results.distribution import Slo
 from agft_ray.results.record import read_runs, write_runs
 from agft_ray.study.policy_specs import parse_policy
 from agft_ray.study.pool import Processes, StoppedError, one_by_one

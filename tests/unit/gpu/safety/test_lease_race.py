@@ -18,7 +18,7 @@ import os, random, sys, time
 sys.path[:0] = {paths!r}
 from unit.gpu.safety.lease_tools import acquire, lock_clocks, locked_mhz
 from agft_ray.errors import LeaseHeldError
-from agft_ray.gpu.restore import restore
+from agft_ray.gpu.safety.restore import restore
 directory, state, log, turns, dying = sys.argv[1:]
 log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 pid = os.getpid()

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from agft_ray.errors import StaleMetricsError
-from agft_ray.serve.vllm.statistics import FINISHED_FIELDS, VllmStats, look_at_vllm, missing_fields
+from agft_ray.serve.vllm.fields import FINISHED_FIELDS, missing_fields
+from agft_ray.serve.vllm.look import look_at_vllm
+from agft_ray.serve.vllm.statistics import VllmStats
 from agft_ray.types import StepTotals
 
 pytestmark = pytest.mark.vllm

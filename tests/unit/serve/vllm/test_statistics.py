@@ -11,16 +11,18 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from agft_ray.errors import StaleMetricsError
-from agft_ray.serve.vllm.statistics import (
+from agft_ray.serve.vllm.fields import (
     FINISHED_FIELDS,
     ITERATION_FIELDS,
-    PLUGIN,
     SCHEDULER_FIELDS,
+    missing_fields,
+)
+from agft_ray.serve.vllm.look import look_at_vllm
+from agft_ray.serve.vllm.receiver import receiver
+from agft_ray.serve.vllm.statistics import (
+    PLUGIN,
     SILENCE_LIMIT_S,
     VllmStats,
-    look_at_vllm,
-    missing_fields,
-    registered_stats,
 )
 from agft_ray.types import StepTotals
 
@@ -260,14 +262,14 @@ def test_the_entry_point_exists_only_while_registered():
     stats = VllmStats()
     assert entry_points() == []
     with stats.registered():
-        assert registered_stats() is stats
+        assert receiver() is stats
         assert [point.value for point in entry_points()] == [
             "agft_ray.serve.vllm.plugin:TunerStatLogger"
         ]
         with pytest.raises(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version("no-such-distribution")
         stats.connect(0, has_details=True)
-    assert registered_stats() is None
+    assert receiver() is None
     assert entry_points() == []
     stats.sample(0.0)
 
@@ -275,7 +277,7 @@ def test_the_entry_point_exists_only_while_registered():
 def test_the_entry_point_goes_when_the_engine_fails_to_start():
     with pytest.raises(RuntimeError, match="out of memory"), VllmStats().registered():
         raise RuntimeError("out of memory")
-    assert registered_stats() is None
+    assert receiver() is None
     assert entry_points() == []
 
 
@@ -283,7 +285,7 @@ def test_two_engines_that_start_at_once_are_not_taken_for_one_another():
     first, second = VllmStats(), VllmStats()
     with first.registered():
         with second.registered():
-            assert registered_stats() is first
+            assert receiver() is first
         assert len(entry_points()) == 1
         first.connect(0, has_details=True)
     assert entry_points() == []
