@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from agft_ray.bench.tools import WINDOW_WALL_S, CpuUsage, cpu_seconds, median_interval, say
+from agft_ray.bench.tools import WINDOW_WALL_S, CpuUsage, cpu_seconds, say
+from agft_ray.results.spread import median_interval
 from agft_ray.serve.checks import DEPLOYMENT, simulated_app
 from agft_ray.serve.run import RunningServe, serve_run
 

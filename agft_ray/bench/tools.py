@@ -1,20 +1,16 @@
-"""What the benches of this package share: CPU time by process, medians, progress."""
+"""What the benches of this package share: CPU time by process, progress."""
 
 from __future__ import annotations
 
 import os
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 WINDOW_WALL_S = 0.8
 """AGFT's period: as often as a tuner may be expected to work."""
-BOOTSTRAP_SAMPLES = 10_000
 
 
 def say(message: str) -> None:
@@ -59,11 +55,3 @@ def _ray_processes() -> Iterator[tuple[int, tuple[str, float]]]:
         if title.startswith("ray::"):
             name = title.removeprefix("ray::").split(".")[0].split(":")[0]
             yield int(entry.name), (name, (int(fields[11]) + int(fields[12])) / ticks)
-
-
-def median_interval(values: Sequence[float], *, seed: int) -> tuple[float, float, float]:
-    """The median and the bounds of its 95 % bootstrap percentile interval."""
-    rng = np.random.default_rng(seed)
-    samples = rng.choice(values, (BOOTSTRAP_SAMPLES, len(values)))
-    low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
-    return statistics.median(values), float(low), float(high)

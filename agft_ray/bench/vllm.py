@@ -20,10 +20,11 @@ import yaml
 
 from agft_ray.actors.metrics_scraper import INTERVAL_VARIABLE
 from agft_ray.bench.decision import versions
-from agft_ray.bench.tools import CpuUsage, cpu_seconds, median_interval, say
+from agft_ray.bench.tools import CpuUsage, cpu_seconds, say
 from agft_ray.bench.vllm_engine import BENCH, CLIENTS, SIDES, Block
 from agft_ray.config import parse
 from agft_ray.errors import AgftError
+from agft_ray.results.spread import median_interval
 from agft_ray.serve.run import free_port, serve_run
 from agft_ray.settings import TunerConfig
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agft_ray.errors import ConfigError, DownloadError
-from agft_ray.results.terminal import PLAIN_PERIOD_S
+from agft_ray.results.terminal import PlainProgress
 
 if TYPE_CHECKING:
     from agft_ray.workloads.download import OnBytes
@@ -145,14 +144,10 @@ def _progress(name: str) -> Iterator[OnBytes]:
 
 
 def _plain_progress(name: str) -> OnBytes:
-    shown_s = time.monotonic()
+    lines = PlainProgress(lambda line: print(line, file=sys.stderr, flush=True))
 
     def show(received: int, total: int | None) -> None:
-        nonlocal shown_s
-        if time.monotonic() - shown_s < PLAIN_PERIOD_S:
-            return
-        shown_s = time.monotonic()
         of = "" if total is None else f" of {total / MB:,.1f}"
-        print(f"{name}: {received / MB:,.1f}{of} MB", file=sys.stderr, flush=True)
+        lines.show(f"{name}: {received / MB:,.1f}{of} MB")
 
     return show

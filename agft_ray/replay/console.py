@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,11 @@ from agft_ray.replay.client import Progress
 from agft_ray.replay.result import ReplicaStatus, ServerStatus
 from agft_ray.replay.summary import Comparison, Group
 from agft_ray.replay.timeline import growth
-from agft_ray.results.terminal import NO_VALUE, PLAIN_PERIOD_S
+from agft_ray.results.figures import EFFORT, METRIC, Metric
+from agft_ray.results.numbers import NO_VALUE, change_text, number, verdict
+from agft_ray.results.record import STATISTICS
+from agft_ray.results.spread import Spread
+from agft_ray.results.terminal import PlainProgress, coloured
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +25,23 @@ if TYPE_CHECKING:
 BLOCKS = "▁▂▃▄▅▆▇█"
 VISIBLE_CHANGE_PERCENT = 0.5
 """Smaller changes are not coloured."""
+SECTIONS = (
+    tuple(metric.name for metric in EFFORT),
+    (
+        "energy_j",
+        "energy_per_output_token_j",
+        "mean_power_w",
+        "sm_clock_mhz",
+        "clock_changes",
+        "windows",
+    ),
+    *(
+        tuple(f"{latency}.{statistic}" for statistic in STATISTICS)
+        for latency in ("ttft_s", "tpot_s", "e2e_s")
+    ),
+    ("edp_j_s", "edp_per_request_j_s", "slo_attainment"),
+)
+"""The rows of the comparison."""
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -53,49 +73,20 @@ def _table(comparison: Comparison) -> Table:
         table.add_column(group.role, justify="right")
     if comparison.changes_percent:
         table.add_column("change", justify="right")
-    for section in _sections(comparison):
-        for label, name, scale in section:
-            table.add_row(*_cells(comparison, label, name, scale))
+    for section in SECTIONS:
+        for name in section:
+            if name != "slo_attainment" or comparison.slo:
+                table.add_row(*_cells(comparison, METRIC[name]))
         table.add_section()
     return table
 
 
-Line = tuple[str, str, float]
-"""Label, name of the value in a group (dotted into a distribution), scale to the label's unit."""
-
-
-def _sections(comparison: Comparison) -> Iterator[list[Line]]:
-    counts = ("replicas", "requests", "failed", "prompt_tokens", "output_tokens")
-    yield [(name.replace("_", " "), name, 1.0) for name in counts]
-    yield [
-        ("energy, J", "energy_j", 1.0),
-        ("energy per output token, J", "energy_per_output_token_j", 1.0),
-        ("mean power per replica, W", "mean_power_w", 1.0),
-        ("mean SM clock, MHz", "sm_clock_mhz", 1.0),
-        ("clock changes", "clock_changes", 1.0),
-        ("windows", "windows", 1.0),
-    ]
-    for label, unit, name, scale in (
-        ("TTFT", "ms", "ttft_s", 1e3),
-        ("TPOT", "ms", "tpot_s", 1e3),
-        ("E2E", "s", "e2e_s", 1.0),
-    ):
-        statistics = ("mean", "p50", "p95", "p99")
-        yield [(f"{label} {s}, {unit}", f"{name}.{s}", scale) for s in statistics]
-    attainment: list[Line] = [("SLO attainment, %", "slo_attainment", 100.0)]
-    yield [
-        ("EDP, J·s", "edp_j_s", 1.0),
-        ("EDP per request, J·s", "edp_per_request_j_s", 1.0),
-        *(attainment if comparison.slo else []),
-    ]
-
-
-def _cells(comparison: Comparison, label: str, name: str, scale: float) -> Iterator[str]:
-    yield label
+def _cells(comparison: Comparison, metric: Metric) -> Iterator[str]:
+    yield metric.heading
     for group in comparison.groups:
-        yield number(_value(group, name), scale=scale)
+        yield number(_value(group, metric.name), scale=metric.scale)
     if comparison.changes_percent:
-        yield _change(name, comparison.changes_percent.get(name))
+        yield _change(metric, comparison.changes_percent.get(metric.name))
 
 
 def _value(group: Group, name: str) -> float | None:
@@ -105,25 +96,12 @@ def _value(group: Group, name: str) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def number(value: float | None, *, scale: float = 1.0) -> str:
-    """Counts in full, other numbers to four digits at least; a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return NO_VALUE
-    if isinstance(value, int) and scale == 1.0:
-        return f"{value:,}"
-    scaled = value * scale
-    magnitude = math.floor(math.log10(abs(scaled))) if scaled else 0
-    return f"{scaled:,.{min(max(3 - magnitude, 0), 9)}f}"
-
-
-def _change(name: str, percent: float | None) -> str:
-    """Green where less is better and there is less; the clock is no merit in itself."""
+def _change(metric: Metric, percent: float | None) -> str:
     if percent is None:
         return ""
-    text = f"{percent:+.1f} %"
-    if name == "sm_clock_mhz" or abs(percent) < VISIBLE_CHANGE_PERCENT:
-        return text
-    return f"[{'green' if percent < 0 else 'red'}]{text}[/]"
+    change = Spread(1, percent, None)
+    seen = verdict(change, judged=metric.judged, visible_percent=VISIBLE_CHANGE_PERCENT)
+    return coloured(f"{change_text(change)} %", seen)
 
 
 def _client_line(comparison: Comparison) -> str:
@@ -207,23 +185,19 @@ def _plain(
     total: int | None, console: Console, now_s: Callable[[], float]
 ) -> Iterator[Callable[[Progress], None]]:
     fleet = _Fleet()
-    shown_s, pending = now_s(), ""
-
-    def show(progress: Progress) -> None:
-        nonlocal shown_s, pending
-        of = "" if total is None else f" of {total:,}"
-        parts = (_progress_line(progress) + of, fleet.line(progress.status))
-        pending = "; ".join(part for part in parts if part)
-        if now_s() - shown_s >= PLAIN_PERIOD_S:
-            write(pending)
-            shown_s, pending = now_s(), ""
 
     def write(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    lines = PlainProgress(write, now_s)
+
+    def show(progress: Progress) -> None:
+        of = "" if total is None else f" of {total:,}"
+        parts = (_progress_line(progress) + of, fleet.line(progress.status))
+        lines.show("; ".join(part for part in parts if part))
+
     yield show
-    if pending:
-        write(pending)
+    lines.end()
 
 
 def _progress_line(progress: Progress) -> str:

@@ -13,8 +13,10 @@ from agft_ray import __version__
 from agft_ray.files import replacing, write_json
 from agft_ray.report.data import Section, load
 from agft_ray.report.plots import plots
-from agft_ray.results.comparison import METRICS, Metric, PolicyStanding, standings
+from agft_ray.results.comparison import PolicyStanding, standings
+from agft_ray.results.figures import METRICS, Metric
 from agft_ray.results.labels import DEFAULT
+from agft_ray.results.numbers import NO_VALUE, change_text, spread_text, verdict
 from agft_ray.results.spread import Spread
 
 STYLE = """
@@ -148,30 +150,19 @@ def _name(standing: PolicyStanding) -> str:
 def _cell(standing: PolicyStanding, metric: Metric) -> str:
     spread = standing.values.get(metric.name)
     if spread is None:
-        return '<span class="same" title="does not exist">—</span>'
-    value = _number(spread, metric.scale)
+        return f'<span class="same" title="does not exist">{NO_VALUE}</span>'
+    value = spread_text(spread, scale=metric.scale)
     partial = standing.partial(metric.name)
     change = standing.changes_percent.get(metric.name)
     lines = [value, partial and f"({partial} runs)"]
     if change is not None and standing.policy != DEFAULT:
-        lines.append(_change(change, judged=metric.name != "sm_clock_mhz"))
+        lines.append(_change(change, metric))
     return "<br>".join(line for line in lines if line)
 
 
-def _number(spread: Spread, scale: float) -> str:
-    mean = spread.mean * scale
-    digits = 0 if abs(mean) >= 100 else 1 if abs(mean) >= 10 else 2
-    width = "" if spread.half_width is None else f" ± {spread.half_width * scale:,.{digits}f}"
-    return f"{mean:,.{digits}f}{width}"
-
-
-def _change(change: Spread, *, judged: bool) -> str:
-    """Less is better, where the interval excludes no change."""
-    half = change.half_width or 0.0
-    kind = "same" if not judged or abs(change.mean) <= half else None
-    kind = kind or ("better" if change.mean < 0 else "worse")
-    width = "" if change.half_width is None else f" ± {half:.1f}"
-    return f'<span class="{kind}">{change.mean:+.1f}{width} %</span>'
+def _change(change: Spread, metric: Metric) -> str:
+    kind = verdict(change, judged=metric.judged)
+    return f'<span class="{kind}">{change_text(change)} %</span>'
 
 
 def _provenance(studies: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -2,52 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from agft_ray.results.figures import METRICS
 from agft_ray.results.labels import DEFAULT, ORACLE_PAIR
-from agft_ray.results.record import STATISTICS, RunRecord, policies_of
+from agft_ray.results.record import RunRecord, policies_of
 from agft_ray.results.spread import Spread
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A number of a record, and how people want to see it."""
-
-    name: str
-    """In the record, dotted into a distribution."""
-    label: str
-    unit: str
-    scale: float = 1.0
-    """From the record's unit to `unit`."""
-    relative: bool = True
-    """A change against default clocks means something."""
-
-
-def _latencies() -> Iterator[Metric]:
-    for name, label, unit, scale in (
-        ("ttft_s", "TTFT", "ms", 1e3),
-        ("tpot_s", "TPOT", "ms", 1e3),
-        ("e2e_s", "E2E", "s", 1.0),
-    ):
-        for statistic in STATISTICS:
-            yield Metric(f"{name}.{statistic}", f"{label} {statistic}", unit, scale)
-
-
-METRICS = (
-    Metric("energy_j", "energy", "kJ", 1e-3),
-    Metric("mean_power_w", "mean power per replica", "W"),
-    Metric("energy_per_output_token_j", "energy per output token", "J"),
-    *_latencies(),
-    Metric("slo_attainment", "SLO attainment", "%", 100.0, relative=False),
-    Metric("edp_j_s", "EDP of the run", "MJ·s", 1e-6),
-    Metric("sm_clock_mhz", "mean SM clock", "MHz"),
-    Metric("clock_changes", "clock changes", "", relative=False),
-    Metric("windows_to_converge", "windows to convergence", "", relative=False),
-    Metric("worst_exploration_tpot_ratio", "worst window before it", "x", relative=False),
-    Metric("regret", "regret against oracle_pair", "%", 100.0, relative=False),
-)
-METRIC = {metric.name: metric for metric in METRICS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,17 @@
-"""Means over seeds with their 95 % intervals: Student's t, exact for whole degrees of freedom."""
+"""Means over seeds and medians of ratios, with their 95 % intervals."""
 
 from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 LEVEL = 0.95
+BOOTSTRAP_SAMPLES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +63,11 @@ def t_probability(t: float, degrees: int) -> float:
     if odd:
         return 2.0 / math.pi * (theta + math.sin(theta) * total)
     return math.sin(theta) * total
+
+
+def median_interval(values: Sequence[float], *, seed: int) -> tuple[float, float, float]:
+    """The median and the bounds of its 95 % bootstrap percentile interval."""
+    rng = np.random.default_rng(seed)
+    samples = rng.choice(values, (BOOTSTRAP_SAMPLES, len(values)))
+    low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
+    return statistics.median(values), float(low), float(high)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from agft_ray.results.comparison import METRIC, METRICS, Metric, PolicyStanding, standings
+from agft_ray.results.comparison import PolicyStanding, standings
+from agft_ray.results.figures import METRIC, METRICS, Metric
 from agft_ray.results.labels import DEFAULT
+from agft_ray.results.numbers import NO_VALUE, change_text, spread_text, verdict
 from agft_ray.results.record import RunRecord
 from agft_ray.results.spread import Spread
-from agft_ray.results.terminal import NO_VALUE, PLAIN_PERIOD_S
+from agft_ray.results.terminal import PlainProgress, coloured
 from agft_ray.study.policy_specs import SEARCHES
 from agft_ray.study.pool import OnProgress
 from agft_ray.study.study import OnPhase
@@ -42,8 +45,6 @@ DETAIL_COLUMNS = 3
 PLAIN_WIDTH = 100
 LABEL_WIDTH = 20
 """Longer names of policies are folded."""
-HUGE_PERCENT = 1000.0
-"""From here on a change is told as a multiple, without its interval."""
 
 
 def print_study(
@@ -115,7 +116,7 @@ def _details(found: Sequence[PolicyStanding]) -> Table:
             change = standing.changes_percent.get(metric.name)
             percent = "" if change is None or standing.policy == DEFAULT else _percent(change)
             cells.append(f"{_spread(standing, metric)} {percent}".rstrip())
-        table.add_row(f"{metric.label}{f', {metric.unit}' if metric.unit else ''}", *cells)
+        table.add_row(metric.heading, *cells)
     return table
 
 
@@ -141,41 +142,20 @@ def _absolute(standing: PolicyStanding, metric: Metric) -> str:
     spread = standing.values.get(metric.name)
     if spread is None:
         return NO_VALUE
-    return f"{_value(spread.mean, metric, _digits(spread.mean * metric.scale))} {metric.unit}"
+    return f"{spread_text(replace(spread, half_width=None), scale=metric.scale)} {metric.unit}"
 
 
 def _spread(standing: PolicyStanding, metric: Metric) -> str:
     spread = standing.values.get(metric.name)
-    if spread is None:
-        return NO_VALUE
-    digits = _digits(spread.mean * metric.scale)
-    width = "" if spread.half_width is None else f"±{_value(spread.half_width, metric, digits)}"
     partial = standing.partial(metric.name)
-    return f"{_value(spread.mean, metric, digits)}{width}{f' ({partial})' if partial else ''}"
+    return spread_text(spread, scale=metric.scale) + (f" ({partial})" if partial else "")
 
 
-def _digits(scaled: float) -> int:
-    """After the point: three digits in all, and none of nothing."""
-    return 0 if abs(scaled) >= 100 or not scaled else 1 if abs(scaled) >= 10 else 2
-
-
-def _value(value: float, metric: Metric, digits: int) -> str:
-    return f"{value * metric.scale:,.{digits}f}"
-
-
-def _percent(spread: Spread | None) -> str:
-    """Coloured where the interval excludes no change; whole numbers where it is wide."""
-    if spread is None:
+def _percent(change: Spread | None) -> str:
+    """Coloured where the interval excludes no change."""
+    if change is None:
         return NO_VALUE
-    half = spread.half_width
-    if spread.mean >= HUGE_PERCENT:
-        return f"[red]x{1.0 + spread.mean / 100.0:.0f}[/]"
-    digits = 0 if abs(spread.mean) >= 100 or (half or 0.0) >= 10 else 1
-    width = "" if half is None else f"±{half:.{digits}f}"
-    text = f"{spread.mean:+.{digits}f}{width}"
-    if abs(spread.mean) <= (half or 0.0):
-        return f"[dim]{text}[/]"
-    return f"[{'green' if spread.mean < 0 else 'red'}]{text}[/]"
+    return coloured(change_text(change), verdict(change), same="dim")
 
 
 def wide_console() -> Console:
@@ -263,24 +243,21 @@ def _live(
 def _plain(
     duration_s: float | None, console: Console, now_s: Callable[[], float]
 ) -> Iterator[OnPhase]:
-    shown_s = now_s()
-
     def write(line: str) -> None:
-        nonlocal shown_s
-        shown_s = now_s()
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    lines = PlainProgress(write, now_s)
 
     def on_phase(name: str, runs: int) -> OnProgress:
         phase = _Phase(name, runs, duration_s)
         if runs:
-            write(f"{name}: {runs:,} run{'s' if runs > 1 else ''}")
+            lines.at_once(f"{name}: {runs:,} run{'s' if runs > 1 else ''}")
 
         def on_progress(number: int, t_s: float) -> None:
             phase.at(number, t_s)
-            if now_s() - shown_s >= PLAIN_PERIOD_S:
-                write(
-                    f"{name}: run {phase.begun:,} of {runs:,}, {phase.simulated_s:,.0f} s simulated"
-                )
+            lines.show(
+                f"{name}: run {phase.begun:,} of {runs:,}, {phase.simulated_s:,.0f} s simulated"
+            )
 
         return on_progress
 

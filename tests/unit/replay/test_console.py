@@ -8,7 +8,6 @@ from rich.console import Console
 
 from agft_ray.replay.client import Progress
 from agft_ray.replay.console import (
-    number,
     print_comparison,
     progress_display,
     sparkline,
@@ -89,7 +88,7 @@ def test_two_groups_beside_their_change():
     assert line_of(text, "per output token")[1:] == ["2.469", "2.469", "+12.3 %"]
     assert line_of(text, "TPOT p99") == ["TPOT p99, ms", "—", "—", ""]
     assert line_of(text, "SLO") == ["SLO attainment, %", "97.50", "97.50", ""]
-    assert line_of(text, "energy, J")[1] == "12,346"
+    assert line_of(text, "energy, kJ")[1] == "12.35"
     assert "2,468 requests in 600 s (speed 4)" in text
 
 
@@ -143,25 +142,6 @@ def test_clocks_over_time_share_a_scale(width):
 def test_sparkline():
     assert sparkline((0.0, None, 4.0, 8.0), 0.0, 8.0) == "▁ ▅█"
     assert sparkline((5.0,), 5.0, 5.0) == "▅"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "—"),
-        (float("nan"), "—"),
-        (float("inf"), "—"),
-        (0, "0"),
-        (0.0, "0.000"),
-        (12345, "12,345"),
-        (12345.6, "12,346"),
-        (123.456, "123.5"),
-        (-1.23456, "-1.235"),
-        (0.00123456, "0.001235"),
-    ],
-)
-def test_number(value, text):
-    assert number(value) == text
 
 
 # -- progress --------------------------------------------------------------------------------------

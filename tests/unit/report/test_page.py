@@ -9,7 +9,9 @@ import pytest
 
 from agft_ray.cli.app import main
 from agft_ray.report.data import by_grid, load
+from agft_ray.results.numbers import change_text
 from agft_ray.results.record import write_runs
+from agft_ray.results.spread import Spread
 from unit.results.test_record import RECORD
 
 pytest.importorskip("matplotlib", reason="a report needs the extra 'report'")
@@ -118,7 +120,7 @@ def test_the_same_figures_for_programs(study, report):
     default = [r["energy_j"] for r in runs if r["policy"] == "default"]
     change = sum(100 * (a / b - 1) for a, b in zip(own, default, strict=True)) / 2
     assert agft["changes_percent"]["energy_j"]["mean"] == pytest.approx(change)
-    assert f"{change:+.1f}" in report
+    assert f"{change_text(Spread(**agft['changes_percent']['energy_j']))} %" in report
 
 
 def test_the_same_page_every_time(study, report):
