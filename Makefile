@@ -3,6 +3,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.installed
+# Tests that start no Ray run side by side; the others, one after the other.
+PARALLEL := tests/unit tests/contract
 VLLM_STAMP := $(VENV)/.installed-vllm
 
 .PHONY: demo test lint bench vllm clean
@@ -13,7 +15,12 @@ demo: $(STAMP)
 # Where vLLM cannot be had its tests are skipped, but not under CI.
 test: $(STAMP) lint
 	$(MAKE) vllm || test -z "$$CI"
+ifeq ($(origin TEST_ARGS), undefined)
+	$(VENV)/bin/python -m pytest --numprocesses 2 $(PARALLEL)
+	$(VENV)/bin/python -m pytest $(addprefix --ignore=,$(PARALLEL))
+else
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+endif
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import yaml
 
@@ -26,6 +28,17 @@ def test_every_shipped_config_is_valid(request):
     assert paths
     for path in paths:
         assert validate_file(path)
+
+
+def test_the_callers_signal_handler_is_its_own_again(request):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert main(["validate", str(request.config.rootpath / CONFIG)]) == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert main(["validate", "no-such-file.yaml"]) == 2
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_validate_says_what_will_run(capsys, request):
