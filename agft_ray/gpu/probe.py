@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agft_ray.clock import Clock
-from agft_ray.errors import GpuArgumentError, GpuNotSupportedError, GpuPermissionError
+from agft_ray.errors import GpuArgumentError, GpuError, GpuNotSupportedError, GpuPermissionError
 from agft_ray.gpu.base import Gpu
 from agft_ray.types import EventReason, GpuSample
 
@@ -130,13 +130,22 @@ def probe_clocks(gpu: GuardedGpu, clock: Clock, *, sleep: Sleep = time.sleep) ->
         change = functools.partial(_change, gpu, clock, sleep)
         locked = change(lock, lambda sample: _nearest_arm(gpu, sample) == arm)
         reset = change(gpu.reset, lambda sample: _nearest_arm(gpu, sample) != arm)
-    finally:
-        if not is_refused:
-            gpu.reset()
-        gpu.release()
+    except BaseException as error:
+        try:
+            _give_back(gpu, is_refused)
+        except GpuError as second:  # the first one says what happened, an interrupt above all
+            error.add_note(f"and then: {second}")
+        raise
+    _give_back(gpu, is_refused)
     if locked.settle_s is None:
         reset = dataclasses.replace(reset, settle_s=None)
     return ClockProbe(arm, locked, reset)
+
+
+def _give_back(gpu: GuardedGpu, is_refused: bool) -> None:
+    if not is_refused:
+        gpu.reset()
+    gpu.release()
 
 
 def _other_arm(gpu: Gpu) -> int:

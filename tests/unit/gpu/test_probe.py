@@ -186,3 +186,11 @@ def test_a_gpu_that_is_not_ours_is_left_alone():
     with pytest.raises(GpuTransientError):
         probe(gpu)
     assert gpu.calls == ["claim"]
+
+
+def test_an_interrupt_is_told_even_if_the_reset_fails():
+    gpu = ScriptedGpu()
+    gpu.faults = {"read": [KeyboardInterrupt()], "reset": [GpuTransientError("busy")]}
+    with pytest.raises(KeyboardInterrupt):
+        probe_clocks(gpu, gpu.clock, sleep=gpu.sleep)
+    assert "release" not in gpu.calls
