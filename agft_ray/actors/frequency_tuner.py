@@ -13,14 +13,17 @@ import ray
 
 from agft_ray.actors.background import background_actor
 from agft_ray.actors.experience_aggregator import get_aggregator
+from agft_ray.actors.memory import Learned, Memory
 from agft_ray.actors.messages import EnginePush, TunerReply, TunerSpec
 from agft_ray.actors.metrics_scraper import get_scraper, report_interval_s
 from agft_ray.actors.tuner_loop import TunerLoop
 from agft_ray.actors.tuner_metrics import TunerMetrics
 from agft_ray.actors.tuner_status import engine_figures, gpu_figures, tuner_figures
 from agft_ray.errors import GpuError
+from agft_ray.policy.registry import build_policy
 from agft_ray.policy.reward import REWARD_SCHEMA
 from agft_ray.priors.store import ReplicaReport
+from agft_ray.settings import TunerConfig
 from agft_ray.telemetry.features import FEATURE_SCHEMA
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics, to_sample
@@ -29,11 +32,13 @@ from agft_ray.types import Experience, GpuSample, Mode, PriorKey
 
 log = logging.getLogger(__name__)
 
-GOSSIP_INTERVAL_S = 1.0
+REPORT_INTERVAL_S = 1.0
 """Wall time between reports to the aggregator."""
+KEEP_INTERVAL_S = 10.0
+"""Wall time between writings of what was learned; what is lost is at most twice as old."""
 READS_PER_REPORT = 4
 """How often the node's scraper, which reads Ray's metrics when they are reported, is asked."""
-GOSSIP_TIMEOUT_S = 5.0
+TALK_TIMEOUT_S = 5.0
 MAX_METRICS_AGE_INTERVALS = 3.0
 """Ray's metrics older than this many report intervals count as missing."""
 
@@ -64,9 +69,17 @@ class FrequencyTuner:
         self._metrics: TunerMetrics | None = None
         self._scraper: Any = None
         self._aggregator: Any = None
-        self._gossip: list[asyncio.Task[None]] = []
+        self._talks: list[asyncio.Task[None]] = []
+        self._memory = Memory(spec.gpu.lease_directory, spec.replica) if spec.gpu.devices else None
+        self._restored_windows = 0
+        self._to_keep: Learned | None = None
+        """What the policy has learned, on its way to the file."""
         self._loop = TunerLoop(
-            spec, engine=self._inbox, serve=self._serve_metrics, on_record=self._on_record
+            spec,
+            engine=self._inbox,
+            serve=self._serve_metrics,
+            on_made=self._recall,
+            on_record=self._on_record,
         )
 
     # -- called by the replica -----------------------------------------------------------------
@@ -83,13 +96,14 @@ class FrequencyTuner:
         is_busy = push.sample is not None and not push.sample.is_idle
         if loop.tuner and loop.tuner.waits_for_work and is_busy:
             loop.wake()
-        if not self._gossip:
-            read_interval_s = max(GOSSIP_INTERVAL_S, report_interval_s() / READS_PER_REPORT)
+        if not self._talks:
+            read_interval_s = max(REPORT_INTERVAL_S, report_interval_s() / READS_PER_REPORT)
             talks = (
                 self._repeat(self._read_ray_metrics, read_interval_s),
-                self._repeat(self._report, GOSSIP_INTERVAL_S),
+                self._repeat(self._report, REPORT_INTERVAL_S),
+                self._repeat(self._keep, KEEP_INTERVAL_S),
             )
-            self._gossip = [asyncio.create_task(talk) for talk in talks]
+            self._talks = [asyncio.create_task(talk) for talk in talks]
         return TunerReply(
             self._role(),
             loop.config_version,
@@ -101,18 +115,20 @@ class FrequencyTuner:
     async def release(self) -> None:
         """Reset the clocks, end the loop and the guard."""
         self._loop.release()
-        await asyncio.to_thread(self._loop.wait_ended, GOSSIP_TIMEOUT_S)
+        await asyncio.to_thread(self._loop.wait_ended, TALK_TIMEOUT_S)
+        if self._memory is not None:
+            await asyncio.to_thread(self._memory.forget)
 
     async def status(self) -> dict[str, Any]:
         return await self._status()
 
-    # -- gossip --------------------------------------------------------------------------------
+    # -- what it tells and asks, again and again ----------------------------------------------
 
     async def _repeat(self, talk: Callable[[], Awaitable[None]], interval_s: float) -> None:
         """Do something again and again, whatever becomes of it, until the replica lets go."""
         while not self._loop.released:
             try:
-                await asyncio.wait_for(talk(), GOSSIP_TIMEOUT_S)
+                await asyncio.wait_for(talk(), TALK_TIMEOUT_S)
             except Exception as error:
                 self._scraper = self._aggregator = None
                 log.warning("%s: %r", talk.__name__.strip("_"), error)
@@ -125,10 +141,31 @@ class FrequencyTuner:
             t_s = self._clock.now_s() - (time.monotonic() - taken_s) * self._clock.speed
             self._serve_metrics.push(to_sample(series, t_s=t_s, speed=self._clock.speed))
 
+    async def _keep(self) -> None:
+        """Write down what was learned, for a tuner that takes this one's place."""
+        if self._memory is not None and self._to_keep is not None:
+            learned, self._to_keep = self._to_keep, None
+            await asyncio.to_thread(self._memory.save, learned)
+
+    def _recall(self, tuner: Tuner) -> None:
+        """In the loop's thread: go on where an earlier tuner of this replica was."""
+        learned = None if self._memory is None else self._memory.load(self._key_of(tuner))
+        if learned is None:
+            return
+        policy = build_policy(tuner.config.policy)
+        try:
+            policy.restore(learned.policy)
+        except Exception as error:  # a policy that cannot read it begins anew
+            log.warning("what was learned before is not taken up: %r", error)
+            return
+        tuner.policy = policy
+        self._windows = self._restored_windows = learned.windows
+        log.info("taking up what %d windows have taught", learned.windows)
+
     async def _report(self) -> None:
         spec, tuner = self._spec, self._loop.tuner
         if tuner is None:
-            key, experience = self._prior_key("", ""), None
+            key, experience = self._prior_key("", "", self._loop.config), None
         else:
             key, experience = self._learned or (self._key_of(tuner), None)
         config = self._loop.config
@@ -150,11 +187,10 @@ class FrequencyTuner:
             tuner.offer_prior(reply.prior)
 
     def _key_of(self, tuner: Tuner) -> PriorKey:
-        return self._prior_key(tuner.gpu.model, tuner.gpu.actuator.value)
+        return self._prior_key(tuner.gpu.model, tuner.gpu.actuator.value, tuner.config)
 
-    def _prior_key(self, gpu_model: str, actuator: str) -> PriorKey:
+    def _prior_key(self, gpu_model: str, actuator: str, config: TunerConfig) -> PriorKey:
         engine = self._spec.engine
-        config = self._loop.config if self._loop.tuner is None else self._loop.tuner.config
         return PriorKey(
             gpu_model=gpu_model,
             actuator=actuator,
@@ -177,6 +213,8 @@ class FrequencyTuner:
             policy = tuner.policy
             self._learned = self._key_of(tuner), policy.experience()
             self._policy_status, self._experience_due = policy.status(), False
+        if self._to_keep is None and self._memory is not None:
+            self._to_keep = Learned(self._key_of(tuner), self._windows, tuner.policy.snapshot())
         if self._metrics is None:
             spec = self._spec
             labels = spec.application, spec.deployment, spec.replica
@@ -199,6 +237,7 @@ class FrequencyTuner:
             "tuner_pid": os.getpid(),
             "guard_pid": loop.guard_pid,
             "windows": self._windows,
+            "restored_windows": self._restored_windows,
             "loop_cpu_s": loop.cpu_s,
         }
         if loop.tuner is not None:

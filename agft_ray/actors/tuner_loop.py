@@ -39,6 +39,7 @@ class TunerLoop:
     once unless it says otherwise.
 
     Args:
+        on_made: called with a new tuner before it begins, in the loop's thread.
         on_record: called after each window, in the loop's thread, with the tuner.
     """
 
@@ -49,6 +50,7 @@ class TunerLoop:
         engine: EngineInbox,
         serve: ServeMetrics,
         on_record: Callable[[Tuner, WindowRecord], None],
+        on_made: Callable[[Tuner], None] = lambda tuner: None,
     ) -> None:
         self.clock = spec.gpu.clock
         self.config = TunerConfig(mode="off")
@@ -66,7 +68,8 @@ class TunerLoop:
         self.released = False
         self.cpu_s = 0.0
         """CPU time of the thread."""
-        self._spec, self._engine, self._serve, self._on_record = spec, engine, serve, on_record
+        self._spec, self._engine, self._serve = spec, engine, serve
+        self._on_made, self._on_record = on_made, on_record
         self._leased: LeasedGpu | None = None
         self._heard_s = self._looked_s = time.monotonic()
         """When the replica last said something, and when the thread last looked whether it did."""
@@ -177,6 +180,7 @@ class TunerLoop:
             role=self._spec.engine.role,
             on_record=lambda record: self._on_record(tuner, record),
         )
+        self._on_made(tuner)
         return tuner
 
     def _publish(self, tuner: Tuner, config: TunerConfig) -> None:

@@ -40,6 +40,13 @@ class GpuSpec:
         return WallClock()
 
     @property
+    def lease_directory(self) -> Path:
+        """Where the leases of these GPUs lie."""
+        if isinstance(self.config, SimulatedGpuConfig):
+            return Path(self.devices[0]).parent / "leases"
+        return Path(self.config.lease_dir or default_directory())
+
+    @property
     def known_arms(self) -> tuple[int, ...] | None:
         """What can be locked, where that is known without asking a real GPU."""
         if isinstance(self.config, SimulatedGpuConfig):
@@ -54,11 +61,10 @@ def open_gpu(spec: GpuSpec, *, owner: str) -> LeasedGpu:
     is not to be seen, and other `GpuError`s as NVML or the daemon answer.
     """
     if isinstance(spec.config, SimulatedGpuConfig):
-        path = Path(spec.devices[0])
-        return LeasedGpu([SimulatedGpu(path)], directory=path.parent / "leases", owner=owner)
-    directory = Path(spec.config.lease_dir) if spec.config.lease_dir else default_directory()
+        gpu = SimulatedGpu(Path(spec.devices[0]))
+        return LeasedGpu([gpu], directory=spec.lease_directory, owner=owner)
     gpus = [_open_nvml(uuid, spec.config) for uuid in spec.devices]
-    return LeasedGpu(gpus, directory=directory, owner=owner)
+    return LeasedGpu(gpus, directory=spec.lease_directory, owner=owner)
 
 
 def _open_nvml(uuid: str, config: NvmlGpuConfig) -> LeasableGpu:

@@ -1,6 +1,7 @@
 """The tuner's shell without Ray: its threads and event loop, on a scripted GPU, in wall time."""
 
 import asyncio
+import dataclasses
 import threading
 import time
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 
 from agft_ray.actors import frequency_tuner, tuner_loop
 from agft_ray.actors.frequency_tuner import FrequencyTuner
+from agft_ray.actors.memory import Learned
 from agft_ray.actors.messages import EngineIdentity, EnginePush, TunerSpec
 from agft_ray.errors import GpuLostError, GpuTransientError, GpuUnavailableError
 from agft_ray.gpu.config import NvmlGpuConfig
@@ -129,7 +131,7 @@ def gpu(monkeypatch):
 
 
 @pytest.fixture
-def live(gpu, monkeypatch):
+def live(gpu, monkeypatch, tmp_path):
     """Runs `act(replica, tuner)` beside a tuner that nobody has told anything yet."""
 
     def no_ray():
@@ -147,7 +149,7 @@ def live(gpu, monkeypatch):
                     application="app",
                     deployment="llm",
                     replica="r1",
-                    gpu=GpuSpec(NvmlGpuConfig(), (gpu.uuid,)),
+                    gpu=GpuSpec(NvmlGpuConfig(lease_dir=str(tmp_path / "leases")), (gpu.uuid,)),
                     engine=EngineIdentity("m"),
                 )
             )
@@ -156,7 +158,7 @@ def live(gpu, monkeypatch):
             finally:
                 gpu.may_open.set()
                 await tuner.release()
-                for talk in tuner._gossip:
+                for talk in tuner._talks:
                     talk.cancel()
             assert tuner._loop.wait_ended(0), "the loop's thread has not ended"
             assert gpu.locked is None
@@ -164,6 +166,81 @@ def live(gpu, monkeypatch):
         asyncio.run(go())
 
     return run
+
+
+# -- what was learned ------------------------------------------------------------------------------
+
+LEARNING = TunerConfig(policy={"name": "agft"}, window_s=0.5, settle_s=0.1)
+
+
+def test_a_tuner_that_is_restarted_goes_on_where_it_was(gpu, live, monkeypatch):
+    monkeypatch.setattr(frequency_tuner, "KEEP_INTERVAL_S", 0.05)
+    taught = {}
+
+    async def first(replica, tuner):
+        await replica.push(LEARNING, 1)
+        saved = tuner._memory._path
+        await replica.push_until(
+            lambda: tuner._windows >= 6 and saved.exists(), "learned and kept", 20
+        )
+        await asyncio.sleep(0.3)
+        taught["text"] = saved.read_text()
+        learned = tuner._memory.load(tuner._key_of(tuner._loop.tuner))
+        taught["windows"], taught["policy"] = learned.windows, learned.policy
+
+    async def restarted(replica, tuner):
+        tuner._memory._path.parent.mkdir(parents=True, exist_ok=True)
+        tuner._memory._path.write_text(taught["text"])  # an actor that is killed lets go of nothing
+        began = []
+        recall = tuner._recall
+        monkeypatch.setattr(
+            tuner._loop, "_on_made", lambda made: (recall(made), began.append(snapshot(made)))
+        )
+        await replica.push(LEARNING, 1)
+        await replica.push_until(lambda: began, "a tuner")
+        assert began == [taught["policy"]]
+        assert (await tuner.status())["restored_windows"] == taught["windows"] >= 5
+        await replica.push_until(lambda: tuner._windows > taught["windows"], "more windows")
+
+    def snapshot(made):
+        return made.policy.snapshot()
+
+    live(first)
+    live(restarted)
+
+
+def test_what_another_policy_learned_is_not_taken_up(gpu, live, monkeypatch):
+    async def act(replica, tuner):
+        key = dataclasses.replace(tuner._prior_key("Fake", "sm_clock", LEARNING), policy="rules")
+        assert tuner._memory.save(Learned(key, 5000, {"schema": 1}))
+        await replica.push(LEARNING, 1)
+        await replica.push_until(lambda: tuner._windows > 0, "windows")
+        assert (await tuner.status())["restored_windows"] == 0
+
+    live(act)
+
+
+def test_a_state_that_the_policy_cannot_read_costs_no_tuner(gpu, live):
+    async def act(replica, tuner):
+        key = tuner._prior_key("Fake", "sm_clock", LEARNING)
+        assert tuner._memory.save(Learned(key, 5000, {"schema": "of another time"}))
+        await replica.push(LEARNING, 1)
+        await replica.push_until(lambda: tuner._windows > 0, "windows")
+        assert (await tuner.status())["restored_windows"] == 0
+
+    live(act)
+
+
+def test_a_replica_that_ends_leaves_nothing_behind(gpu, live):
+    paths = []
+
+    async def act(replica, tuner):
+        assert tuner._memory.save(Learned(tuner._prior_key("", "", LEARNING), 1, {}))
+        paths.append(tuner._memory._path)
+        assert paths[0].exists()
+
+    live(act)
+    assert not paths[0].exists()
 
 
 # -- settings --------------------------------------------------------------------------------------
