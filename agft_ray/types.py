@@ -348,6 +348,7 @@ class Prior:
 
     key: PriorKey
     version: int
+    """Greater whenever the experience of one of those replicas is another one."""
     replicas: int
     """How many replicas' experience went into it."""
     experience: Experience

@@ -28,7 +28,7 @@ from agft_ray.telemetry.features import FEATURE_SCHEMA
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics, to_sample
 from agft_ray.tuner import Tuner, WindowRecord
-from agft_ray.types import Experience, GpuSample, Mode, PriorKey
+from agft_ray.types import Experience, GpuSample, Mode, Prior, PriorKey
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,8 @@ class FrequencyTuner:
         """Experience, and the key it belongs to; made together, in the loop's thread."""
         self._policy_status: dict[str, Any] = {}
         self._experience_due = True
+        self._prior: Prior | None = None
+        """The newest that the fleet has sent."""
         self._metrics: TunerMetrics | None = None
         self._scraper: Any = None
         self._aggregator: Any = None
@@ -176,15 +178,18 @@ class FrequencyTuner:
             key=key,
             experience=experience if config.share_experience else None,
             status=await self._status(),
+            prior_version=-1 if self._prior is None else self._prior.version,
         )
         self._experience_due = True
         self._aggregator = self._aggregator or get_aggregator()
         reply = await self._aggregator.report.remote(report)
+        self._prior = reply.prior_after(self._prior)
         if tuner is None:
             return
         tuner.holdout = reply.order < config.holdout_replicas
-        if reply.prior is not None and config.share_experience and key == self._key_of(tuner):
-            tuner.offer_prior(reply.prior)
+        prior = self._prior
+        if prior is not None and config.share_experience and prior.key == self._key_of(tuner):
+            tuner.offer_prior(prior)
 
     def _key_of(self, tuner: Tuner) -> PriorKey:
         return self._prior_key(tuner.gpu.model, tuner.gpu.actuator.value, tuner.config)

@@ -10,7 +10,7 @@ from agft_ray.priors.store import ExperienceStore, ReplicaReport
 from agft_ray.settings import TunerConfig
 from agft_ray.telemetry.features import FEATURE_SCHEMA
 from agft_ray.tuner import Tuner
-from agft_ray.types import PriorKey
+from agft_ray.types import Prior, PriorKey
 from agft_ray.virtual.replica import FleetSetup, VirtualReplica
 
 _DEPLOYMENT = "simulated"
@@ -24,6 +24,7 @@ class ExperienceSharing:
     def __init__(self, setup: FleetSetup, replicas: Sequence[VirtualReplica], clock: Clock) -> None:
         self._setup = setup
         self._store = ExperienceStore(clock=clock, expiry_s=_EXPIRY_ROUNDS * setup.share_interval_s)
+        self._priors: dict[int, Prior | None] = {}
         self._tuned = [
             (replica.index, replica.tuner) for replica in replicas if replica.tuner is not None
         ]
@@ -42,12 +43,20 @@ class ExperienceSharing:
         config = self._setup.tuner
         for index, tuner in self._tuned:
             shared = tuner.policy.experience() if config.share_experience else None
-            reply = self._store.report(
-                ReplicaReport(str(index), _DEPLOYMENT, index, self._key(tuner), shared)
+            held = self._priors.get(index)
+            report = ReplicaReport(
+                str(index),
+                _DEPLOYMENT,
+                index,
+                self._key(tuner),
+                shared,
+                prior_version=-1 if held is None else held.version,
             )
+            reply = self._store.report(report)
+            prior = self._priors[index] = reply.prior_after(held)
             tuner.holdout = reply.order < config.holdout_replicas
-            if reply.prior is not None and config.share_experience:
-                tuner.offer_prior(reply.prior)
+            if prior is not None and config.share_experience:
+                tuner.offer_prior(prior)
 
     def _key(self, tuner: Tuner) -> PriorKey:
         config: TunerConfig = self._setup.tuner

@@ -31,6 +31,7 @@ class AgftLearner:
 
     def __init__(self, config: AgftConfig) -> None:
         self.config = config
+        self._validated: Experience | None = None
         self.bandit = LinUcb(
             features=FEATURES,
             ridge=config.ridge,
@@ -240,9 +241,12 @@ class AgftLearner:
     def merge(self, prior: Experience) -> None:
         """Take a prior, and what it rules out; raises `PriorError`, changing nothing.
 
-        Where own evidence about an arm contradicts the prior, the prior is set aside.
+        Where own evidence about an arm contradicts the prior, the prior is set aside: so it is
+        taken again and again, and the same object is validated once.
         """
-        validate(prior, features=FEATURES)
+        if prior is not self._validated:
+            validate(prior, features=FEATURES)
+            self._validated = prior
         error, arms = self.config.sigmas * self.noise(), range(len(prior.arms_mhz))
         kept = [k for k in arms if not self.bandit.contradicts(prior, k, error=error)]
         prior = part_of(prior, kept)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from agft_ray.policy.statistics import ArmStatistics, Source, validate
+from agft_ray.policy.statistics import ArmStatistics, Source
 from agft_ray.types import Experience
 
 DECAY_INTERVAL = 16
@@ -89,8 +89,7 @@ class LinUcb:
             self._add(row, x, gram, response)
 
     def merge(self, experience: Experience, *, max_windows: float) -> None:
-        """Take experience as the prior, each arm's weight capped; raises `PriorError`."""
-        validate(experience, features=self._statistics.features)
+        """Take validated experience as the prior, each arm's weight capped."""
         self._statistics.replace(Source.PRIOR, experience)
         self._statistics.cap(Source.PRIOR, max_windows)
         self._refresh()

@@ -57,6 +57,42 @@ def test_nothing_is_counted_twice_however_often_it_is_sent(store):
     np.testing.assert_array_equal(prior.experience.counts, experience(1).counts)
 
 
+def test_the_version_tells_whether_the_prior_is_another_one(store, clock):
+    store.report(report("a", 0, seed=1))
+    first = store.report(report("b", 1, seed=2)).prior.version
+    assert store.report(report("b", 1, seed=22)).prior.version == first, "its own is not in it"
+    store.report(report("a", 0, seed=1))
+    assert store.report(report("b", 1, seed=2)).prior.version == first
+    store.report(report("a", 0, seed=3))
+    second = store.report(report("b", 1, seed=2)).prior.version
+    store.report(report("c", 2, seed=4))
+    third = store.report(report("b", 1, seed=2)).prior.version
+    store.report(report("c", 2, seed=4, key=dataclasses.replace(KEY, window_s=4.0)))
+    fourth = store.report(report("b", 1, seed=2)).prior.version
+    assert first < second < third < fourth
+    clock.advance_to(100.0)
+    again = ExperienceStore(clock=clock, expiry_s=6.0)
+    again.report(report("a", 0, seed=1))
+    assert again.report(report("b", 1, seed=2)).prior.version > fourth, "a later aggregator's"
+
+
+def test_a_prior_that_a_replica_has_is_not_sent_again(store):
+    store.report(report("a", 0, seed=1))
+    first = store.report(report("b", 1))
+    assert not first.keeps_prior
+    asks_again = dataclasses.replace(report("b", 1), prior_version=first.prior.version)
+    again = store.report(asks_again)
+    assert (again.prior, again.keeps_prior) == (None, True)
+    assert again.prior_after(first.prior) is first.prior
+    store.report(report("a", 0, seed=2))
+    newer = store.report(asks_again)
+    assert newer.prior.version > first.prior.version
+    assert newer.prior_after(first.prior) is newer.prior
+    store.report(dataclasses.replace(report("a", 0), experience=None))
+    gone = store.report(asks_again)
+    assert gone.prior_after(first.prior) is None
+
+
 def test_keys_are_kept_apart(store):
     store.report(report("a", 0, seed=1, key=dataclasses.replace(KEY, gpu_model="H100")))
     assert store.report(report("b", 1, seed=2)).prior is None

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from agft_ray.policy.agft import learner as learner_module
 from agft_ray.policy.agft.policy import AgftConfig, AgftPolicy
 from agft_ray.priors.merge import add
 from agft_ray.types import Context, Outcome, Prior, PriorKey
@@ -172,6 +173,22 @@ def test_two_that_share_learn_faster_than_one():
                 ours.run(3)
         shared.append(np.mean([loop.regrets for loop in pair]))
     assert np.mean(shared) < 0.9 * np.mean(alone)
+
+
+def test_a_prior_is_validated_once_however_often_it_is_taken(monkeypatch):
+    checked = []
+    validate = learner_module.validate
+    monkeypatch.setattr(
+        learner_module, "validate", lambda *a, **k: (checked.append(a), validate(*a, **k))
+    )
+    prior = Prior(KEY, 1, 1, Loop(1).run(50).policy.experience())
+    learner = Loop(2)
+    for _ in range(5):
+        learner.policy.merge(prior)
+        learner.run(4)
+    assert len(checked) == 1
+    learner.policy.merge(Prior(KEY, 2, 1, Loop(3).run(50).policy.experience()))
+    assert len(checked) == 2
 
 
 def test_a_poisoned_prior_is_outvoted():
