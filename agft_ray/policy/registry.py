@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from agft_ray.policy.agft.policy import AgftConfig, AgftPolicy
 from agft_ray.policy.base import Policy
@@ -16,10 +16,11 @@ from agft_ray.policy.baselines.pid import PidConfig, PidPolicy
 from agft_ray.policy.baselines.predictive import PredictiveConfig, PredictivePolicy
 from agft_ray.policy.baselines.rules import RulesConfig, RulesPolicy
 from agft_ray.policy.baselines.volta import VoltaConfig, VoltaGovernor
+from agft_ray.policy.imported import ImportedConfig, is_imported
 from agft_ray.policy.reference.policy import AgftReferenceConfig, AgftReferencePolicy
 from agft_ray.policy.step import StepGovernor
 
-PolicyConfig = Annotated[
+BuiltinConfig = Annotated[
     DefaultConfig
     | FixedConfig
     | AgftConfig
@@ -30,7 +31,13 @@ PolicyConfig = Annotated[
     | PredictiveConfig,
     Field(discriminator="name"),
 ]
-"""Settings of any policy; the field `name` says which."""
+"""Settings of a policy of this package; the field `name` says which."""
+
+PolicyConfig = Annotated[
+    Annotated[BuiltinConfig, Tag("ours")] | Annotated[ImportedConfig, Tag("yours")],
+    Discriminator(lambda values: "yours" if is_imported(values) else "ours"),
+]
+"""Settings of any policy."""
 
 GovernorConfig = Annotated[PairConfig | VoltaConfig, Field(discriminator="name")]
 """Settings of any step governor; the field `name` says which."""
@@ -55,6 +62,8 @@ def build_policy(config: PolicyConfig) -> Policy:
             return PidPolicy(config)
         case PredictiveConfig():
             return PredictivePolicy(config)
+        case ImportedConfig():
+            return config.build()
 
 
 def build_governor(config: GovernorConfig) -> StepGovernor:

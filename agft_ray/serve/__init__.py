@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         build_openai_app,
         build_pd_openai_app,
     )
-    from agft_ray.serve.simulated.application import build_app
+    from agft_ray.serve.simulated.application import build_app, build_simulated_app
     from agft_ray.serve.vllm.statistics import VllmStats
 
 _HOMES = {
@@ -29,6 +29,7 @@ _HOMES = {
     "build_dp_openai_app": "llm.servers",
     "build_openai_app": "llm.servers",
     "build_pd_openai_app": "llm.servers",
+    "build_simulated_app": "simulated.application",
 }
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "build_dp_openai_app",
     "build_openai_app",
     "build_pd_openai_app",
+    "build_simulated_app",
 ]
 
 

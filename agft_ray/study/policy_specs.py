@@ -12,7 +12,8 @@ from agft_ray.config import StrictModel, parse
 from agft_ray.errors import ConfigError
 from agft_ray.policy.baselines.fixed import FixedConfig
 from agft_ray.policy.baselines.pair import PairConfig
-from agft_ray.policy.registry import GovernorConfig, PolicyConfig
+from agft_ray.policy.imported import ImportedConfig, entry_points
+from agft_ray.policy.registry import BuiltinConfig, GovernorConfig
 from agft_ray.results.labels import BEST_STATIC, FRONTIER, LOWER_BOUND, ORACLE_PAIR
 from agft_ray.settings import SloConfig
 
@@ -56,7 +57,8 @@ def parse_policy(text: str, slo: SloConfig | None = None) -> PolicySpec:
     """A policy's name, after a colon its settings, comma-separated as `key=value`.
 
     `fixed:1230` and `pair:1500/1230` are short for their clocks. A policy with latency bounds
-    among its settings takes those of `slo` that are not given. Raises `ConfigError` listing what
+    among its settings takes those of `slo` that are not given. `my_pkg.mod:MyPolicy:key=value` is a
+    policy from outside. Raises `ConfigError` listing what
     there is for an unknown name, and naming each setting that is wrong.
     """
     name, colon, rest = text.partition(":")
@@ -65,6 +67,8 @@ def parse_policy(text: str, slo: SloConfig | None = None) -> PolicySpec:
             raise ConfigError(f"--policy {text}", [f"{name}: takes no settings, leave them out"])
         return PolicySpec(text, None)
     known = policies()
+    if name not in known and (rest.partition(":")[0].isidentifier() or name in entry_points()):
+        return _imported(text)
     if name not in known:
         raise ConfigError(f"--policy {text}", [_unknown(name, [*known, *SEARCHES])])
     model = known[name]
@@ -76,9 +80,22 @@ def parse_policy(text: str, slo: SloConfig | None = None) -> PolicySpec:
         raise ConfigError(error.source, [_with_way_out(p) for p in error.problems]) from None
 
 
+def _imported(text: str) -> PolicySpec:
+    """`my_pkg.mod:MyPolicy` or an entry point's name, after another colon its settings."""
+    source = f"--policy {text}"
+    where, _, rest = text.partition(":")
+    values: dict[str, Any] = {"name": where}
+    if where not in entry_points():
+        name, _, rest = rest.partition(":")
+        values = {"class": f"{where}:{name}"}
+    given = parse_settings(rest, source=source) if rest else {}
+    values |= {"settings": given} if "class" in values else given
+    return PolicySpec(text, parse(ImportedConfig, values, source=source))
+
+
 def policies() -> dict[str, type[StrictModel]]:
     """Settings classes of all policies and step governors, by name."""
-    configs = (*get_args(get_args(PolicyConfig)[0]), *GOVERNOR_CONFIGS)
+    configs = (*get_args(get_args(BuiltinConfig)[0]), *GOVERNOR_CONFIGS)
     return {model.model_fields["name"].default: model for model in configs}
 
 

@@ -16,7 +16,7 @@ from agft_ray.policy.baselines.pid import PidConfig
 from agft_ray.policy.baselines.predictive import PredictiveConfig
 from agft_ray.policy.baselines.rules import RulesConfig
 from agft_ray.policy.reference.policy import AgftReferenceConfig
-from agft_ray.policy.registry import PolicyConfig, build_policy
+from agft_ray.policy.registry import BuiltinConfig, build_policy
 from agft_ray.types import (
     Context,
     EventReason,
@@ -127,7 +127,9 @@ def state(policy):
 
 
 def test_every_policy_is_held_to_this():
-    registered = {each.model_fields["name"].default for each in get_args(get_args(PolicyConfig)[0])}
+    registered = {
+        each.model_fields["name"].default for each in get_args(get_args(BuiltinConfig)[0])
+    }
     assert registered == {config.name for config in CONFIGS.values()}
 
 

@@ -21,3 +21,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     return SimulatedLLM.options(  # type: ignore[attr-defined]
         num_replicas=config.num_replicas, user_config=config.tuner.model_dump()
     ).bind(config)
+
+
+build_simulated_app = build_app
+"""The same, by a name that tells it from `build_openai_app`."""
