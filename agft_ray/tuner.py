@@ -15,6 +15,7 @@ from agft_ray.clock_control import ClockControl
 from agft_ray.errors import GpuError, GpuLostError, GpuTransientError, StaleMetricsError
 from agft_ray.gpu.base import Gpu
 from agft_ray.policy.base import Policy
+from agft_ray.policy.experience import Prior
 from agft_ray.policy.registry import build_policy
 from agft_ray.policy.reward import DELAY_EXPONENTS, Reward
 from agft_ray.settings import TunerConfig
@@ -31,7 +32,6 @@ from agft_ray.types import (
     GpuSample,
     Mode,
     Outcome,
-    Prior,
     Window,
 )
 

@@ -9,17 +9,12 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-import numpy as np
-
 Arm = int | None
 """What a policy may choose: an SM clock in MHz (or, where that is the actuator, a power limit in
 W), or None for default clocks: nothing locked, no limit but the one found."""
 
 DEFAULT_CLOCKS_KEY = 0
 """How default clocks are written where arms are keyed by MHz (experience, priors, files)."""
-
-PREFIX_BLOCK_TOKENS = 512
-"""Tokens in one of the blocks of a prompt that `Request.prefix_blocks` names."""
 
 
 class Actuator(enum.StrEnum):
@@ -130,64 +125,6 @@ class EngineSample:
     def is_idle(self) -> bool:
         """Nothing runs and nothing waits."""
         return self.running == 0 and self.waiting == 0
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request of a workload: when it arrives and how long its prompt and output are."""
-
-    request_id: str
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
-    prefix_blocks: tuple[int, ...] = ()
-    """Hash ids of the prompt's successive blocks of `PREFIX_BLOCK_TOKENS` tokens (Mooncake's
-    `hash_ids`): equal leading ids mean an equal prefix. Empty: nothing is known of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class RequestTimings:
-    """What a finished request experienced, on the clock of whoever measured it."""
-
-    request_id: str
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
-    ttft_s: float
-    e2e_s: float
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Time per output token after the first; None for a single token."""
-        if self.output_tokens < 2:
-            return None
-        return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class StepSample:
-    """What a step governor is handed before an engine step: the step about to run, the queue, and
-    how the step before went."""
-
-    t_s: float
-    prefill_tokens: int
-    """Prompt tokens the step will compute; 0 for a step that only decodes."""
-    decode_sequences: int
-    """Sequences that will get their next token."""
-    context_tokens: int
-    """Tokens in the KV caches of the decoding sequences, summed."""
-    waiting: int
-    kv_cache_usage: float
-    """Share of KV blocks in use, 0..1."""
-    last_step_s: float | None = None
-    """Duration of the step before, if there was one since the engine was last empty."""
-    last_sm_clock_mhz: int | None = None
-    """The effective SM clock under which it ran."""
-
-    @property
-    def has_prefill(self) -> bool:
-        """The step computes prompt tokens."""
-        return self.prefill_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,47 +245,3 @@ class Outcome:
     context: Context
     reward: float
     window: Window
-
-
-@dataclass(frozen=True, slots=True)
-class PriorKey:
-    """What must agree before two replicas' experience may be added."""
-
-    gpu_model: str
-    engine_model: str
-    tensor_parallel: int
-    role: str
-    quantisation: str
-    objective: str
-    window_s: float
-    feature_schema: int
-    reward_schema: int
-    policy: str
-    actuator: str = Actuator.SM_CLOCK.value
-
-
-@dataclass(frozen=True, slots=True)
-class Experience:
-    """Sufficient statistics of linear regression, one set an arm: sums over the arm's windows.
-
-    `arms_mhz[k]` is the arm (DEFAULT_CLOCKS_KEY for default clocks), `counts[k]` the number of
-    windows, `grams[k]` the sum of x xᵀ, `responses[k]` the sum of reward * x, x being the feature
-    vector. Shapes (K,), (K,), (K, d, d), (K, d).
-    """
-
-    arms_mhz: tuple[int, ...]
-    counts: np.ndarray
-    grams: np.ndarray
-    responses: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class Prior:
-    """What the aggregator hands out: the experience of all other replicas under one key."""
-
-    key: PriorKey
-    version: int
-    """Greater whenever the experience of one of those replicas is another one."""
-    replicas: int
-    """How many replicas' experience went into it."""
-    experience: Experience

@@ -20,6 +20,7 @@ from agft_ray.actors.tuner_loop import TunerLoop
 from agft_ray.actors.tuner_metrics import TunerMetrics
 from agft_ray.actors.tuner_status import engine_figures, gpu_figures, tuner_figures
 from agft_ray.errors import GpuError
+from agft_ray.policy.experience import Experience, Prior, PriorKey
 from agft_ray.policy.registry import build_policy
 from agft_ray.policy.reward import REWARD_SCHEMA
 from agft_ray.priors.store import ReplicaReport
@@ -28,7 +29,7 @@ from agft_ray.telemetry.features import FEATURE_SCHEMA
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics, to_sample
 from agft_ray.tuner import Tuner, WindowRecord
-from agft_ray.types import Experience, GpuSample, Mode, Prior, PriorKey
+from agft_ray.types import GpuSample, Mode
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ class FrequencyTuner:
             engine_model=engine.model,
             tensor_parallel=engine.tensor_parallel,
             role=engine.role,
-            quantisation=engine.quantisation,
+            quantization=engine.quantization,
             objective=f"{config.objective} ttft<={config.slo.ttft_s} tpot<={config.slo.tpot_s}",
             window_s=config.window_s,
             feature_schema=FEATURE_SCHEMA,

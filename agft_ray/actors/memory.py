@@ -17,7 +17,7 @@ from typing import Any
 from agft_ray.errors import AgftError
 from agft_ray.files import replacing
 from agft_ray.gpu.safety.directory import make_directory
-from agft_ray.types import PriorKey
+from agft_ray.policy.experience import PriorKey
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ class EngineIdentity:
     model: str
     tensor_parallel: int = 1
     role: str = "mixed"
-    quantisation: str = "none"
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True)

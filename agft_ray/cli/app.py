@@ -22,7 +22,7 @@ from agft_ray.cli import report as report_command
 from agft_ray.cli import simulate as simulate_command
 from agft_ray.cli import status as status_command
 from agft_ray.errors import AgftError
-from agft_ray.types import Request
+from agft_ray.workloads.requests import Request
 
 if TYPE_CHECKING:
     from agft_ray.gpu.config import GpuConfig

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from agft_ray.errors import AgftError, ConfigError
-from agft_ray.types import Request
+from agft_ray.workloads.requests import Request
 
 DEFAULT_WORKLOAD = "conversation"
 DEFAULT_RATE_PER_S = 1.5

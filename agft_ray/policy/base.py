@@ -6,7 +6,8 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from agft_ray.types import Context, Decision, Experience, Outcome, Prior
+from agft_ray.policy.experience import Experience, Prior
+from agft_ray.types import Context, Decision, Outcome
 
 
 class Policy(Protocol):

@@ -9,8 +9,9 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from agft_ray.config import StrictModel
+from agft_ray.policy.experience import Experience, Prior
 from agft_ray.policy.statistics import is_evidence
-from agft_ray.types import Experience, Outcome, Prior
+from agft_ray.types import Outcome
 
 SNAPSHOT_SCHEMA = 1
 

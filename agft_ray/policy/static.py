@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from agft_ray.config import StrictModel
+from agft_ray.policy.experience import Experience, Prior
 from agft_ray.policy.statistics import is_evidence
-from agft_ray.types import Experience, Outcome, Prior
+from agft_ray.types import Outcome
 
 SNAPSHOT_SCHEMA = 1
 

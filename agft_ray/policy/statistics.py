@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from agft_ray.errors import PriorError
+from agft_ray.policy.experience import Experience
 from agft_ray.policy.reward import MAX_REWARD
 from agft_ray.telemetry.features import CLOCK_DRIVEN, FEATURE_NAMES
-from agft_ray.types import DEFAULT_CLOCKS_KEY, Context, Experience, Outcome
+from agft_ray.types import DEFAULT_CLOCKS_KEY, Context, Outcome
 
 CONTEXT_FEATURES = len(FEATURE_NAMES)
 """Length of a context: a bias that is always 1, then eight scaled features."""

@@ -4,9 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from agft_ray.types import Arm, StepSample
+from agft_ray.types import Arm
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """What a step governor is handed before an engine step: the step about to run, the queue, and
+    how the step before went."""
+
+    t_s: float
+    prefill_tokens: int
+    """Prompt tokens the step will compute; 0 for a step that only decodes."""
+    decode_sequences: int
+    """Sequences that will get their next token."""
+    context_tokens: int
+    """Tokens in the KV caches of the decoding sequences, summed."""
+    waiting: int
+    kv_cache_usage: float
+    """Share of KV blocks in use, 0..1."""
+    last_step_s: float | None = None
+    """Duration of the step before, if there was one since the engine was last empty."""
+    last_sm_clock_mhz: int | None = None
+    """The effective SM clock under which it ran."""
+
+    @property
+    def has_prefill(self) -> bool:
+        """The step computes prompt tokens."""
+        return self.prefill_tokens > 0
 
 
 class StepGovernor(Protocol):

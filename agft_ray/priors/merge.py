@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from agft_ray.errors import PriorError
+from agft_ray.policy.experience import Experience
 from agft_ray.policy.statistics import FEATURES
-from agft_ray.types import Experience
 
 
 def add(experiences: Sequence[Experience]) -> Experience:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from agft_ray.clock import Clock
+from agft_ray.policy.experience import Experience, Prior, PriorKey
 from agft_ray.policy.statistics import validate
 from agft_ray.priors.merge import add
-from agft_ray.types import Experience, Prior, PriorKey
 
 MAX_RETIRED = 64
 """Experience of replicas that are gone is kept singly up to this many, then added up."""

@@ -12,7 +12,7 @@ from typing import Any
 from agft_ray.errors import AgftError, ConfigError
 from agft_ray.replay.endpoint import Endpoint, Exchange, described, open_session
 from agft_ray.replay.result import ReplayResult, RequestRow, ServerStatus
-from agft_ray.types import Request
+from agft_ray.workloads.requests import Request
 
 SETTLE_TIMEOUT_S = 30.0
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agft_ray.errors import AgftError
 from agft_ray.replay.result import INTERRUPTED, OK, RequestRow, ServerStatus
-from agft_ray.types import Request
+from agft_ray.workloads.requests import Request
 
 if TYPE_CHECKING:
     import aiohttp

@@ -269,7 +269,7 @@ def attach_tuner(
     config: TunerConfig | dict[str, Any] | None = None,
     tensor_parallel: int = 1,
     role: str = "mixed",
-    quantisation: str = "none",
+    quantization: str = "none",
     figures: Callable[[], dict[str, Any]] = dict,
     observe_only: str = "",
     bundles: Sequence[int] | None = None,
@@ -286,7 +286,7 @@ def attach_tuner(
         engine_model: what the engine serves; experience is shared between equal names only.
         config: the tuner's settings; a dict is validated. A `user_config` of the deployment takes
             their place from the start, if it is one for tuners.
-        tensor_parallel, role, quantisation: further marks of the engine in the prior key.
+        tensor_parallel, role, quantization: further marks of the engine in the prior key.
         figures: further facts to show in the fleet's status.
         observe_only: why the tuner may not set clocks whatever its settings say, or "": for
             statistics that are not complete enough to judge a clock by.
@@ -313,7 +313,7 @@ def attach_tuner(
                 deployment=context.deployment,
                 replica=context.replica_id.unique_id,
                 gpu=own,
-                engine=EngineIdentity(engine_model, tensor_parallel, role, quantisation),
+                engine=EngineIdentity(engine_model, tensor_parallel, role, quantization),
                 elsewhere=elsewhere,
                 problem=problem,
             )

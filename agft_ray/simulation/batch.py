@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from agft_ray.simulation.physics import StepWork
-from agft_ray.types import PREFIX_BLOCK_TOKENS, Request, RequestTimings
+from agft_ray.workloads.requests import PREFIX_BLOCK_TOKENS, Request, RequestTimings
 
 
 class StepDevice(Protocol):

@@ -17,7 +17,8 @@ from agft_ray.simulation.engine_config import EngineConfig as EngineConfig
 from agft_ray.simulation.kv_blocks import KvBlocks
 from agft_ray.simulation.physics import StepWork
 from agft_ray.telemetry.counters import EngineStats
-from agft_ray.types import EngineSample, Request, RequestTimings
+from agft_ray.types import EngineSample
+from agft_ray.workloads.requests import Request, RequestTimings
 
 
 class BatchingEngine:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from agft_ray.simulation.batch import Sequence
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.prefix_cache import PrefixCache
-from agft_ray.types import PREFIX_BLOCK_TOKENS
+from agft_ray.workloads.requests import PREFIX_BLOCK_TOKENS
 
 
 class KvBlocks:

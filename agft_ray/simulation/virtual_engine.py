@@ -9,7 +9,8 @@ from typing import Protocol
 from agft_ray.simulation.batch import Batch, SeriesDevice, StepDevice
 from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.physics import StepWork
-from agft_ray.types import EngineSample, Request, RequestTimings
+from agft_ray.types import EngineSample
+from agft_ray.workloads.requests import Request, RequestTimings
 
 
 class StepHook(Protocol):

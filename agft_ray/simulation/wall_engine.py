@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from agft_ray.clock import Clock
 from agft_ray.simulation.engine import Batch, BatchingEngine, StepDevice, TokenEvent
-from agft_ray.types import EngineSample, Request
+from agft_ray.types import EngineSample
+from agft_ray.workloads.requests import Request
 
 
 @dataclass(slots=True)

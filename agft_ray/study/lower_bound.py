@@ -23,8 +23,8 @@ from agft_ray.simulation.virtual_engine import VirtualEngine
 from agft_ray.study.oracle import MAX_INCREASE
 from agft_ray.study.pool import Report
 from agft_ray.study.run import Job, fleet_setup
-from agft_ray.types import Request, RequestTimings
 from agft_ray.virtual.run import FleetSetup, run_fleet
+from agft_ray.workloads.requests import Request, RequestTimings
 
 CONTEXT_TOKENS = 1024
 """Decode steps of one batch size whose contexts differ by less choose their clock together: time

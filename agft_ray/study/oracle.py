@@ -19,7 +19,7 @@ from agft_ray.simulation.physics import StepWork, effective_sm_clock_mhz
 from agft_ray.simulation.profiles import GpuProfile
 from agft_ray.study.policy_specs import fixed, pair
 from agft_ray.study.run import AbandonedError, Job, Run, Watch
-from agft_ray.types import RequestTimings
+from agft_ray.workloads.requests import RequestTimings
 
 OracleObjective = Literal["edp", "energy"]
 MAX_INCREASE = 0.10

@@ -16,7 +16,7 @@ import numpy as np
 from agft_ray.files import replacing
 from agft_ray.results.convergence import FleetWindows
 from agft_ray.results.distribution import Distribution, Slo
-from agft_ray.types import RequestTimings
+from agft_ray.workloads.requests import RequestTimings
 
 if TYPE_CHECKING:
     from _csv import Writer

@@ -16,8 +16,8 @@ from agft_ray.study.policy_specs import PolicySpec, is_governor
 from agft_ray.study.pool import Report
 from agft_ray.study.rows import RunRows, run_rows
 from agft_ray.study.scenario import Scenario
-from agft_ray.types import RequestTimings
 from agft_ray.virtual.run import FleetSetup, FleetTotals, run_fleet
+from agft_ray.workloads.requests import RequestTimings
 
 
 @dataclass(frozen=True, slots=True)

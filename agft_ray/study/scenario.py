@@ -14,9 +14,9 @@ from agft_ray.results.distribution import Slo
 from agft_ray.settings import SloConfig, TunerConfig
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import GpuProfile, load_gpu_profile
-from agft_ray.types import Request
 from agft_ray.virtual.routers import RouterName
 from agft_ray.workloads.generators import generate, thin, until, workload_name
+from agft_ray.workloads.requests import Request
 from agft_ray.workloads.traces import find_trace, open_trace
 
 

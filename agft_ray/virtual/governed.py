@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from agft_ray.policy.step import StepGovernor
+from agft_ray.policy.step import StepGovernor, StepSample
 from agft_ray.simulation.device import Device
 from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.physics import StepWork
-from agft_ray.types import Arm, StepSample
+from agft_ray.types import Arm
 
 
 class GovernedSteps:

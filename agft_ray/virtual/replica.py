@@ -22,9 +22,10 @@ from agft_ray.simulation.virtual_engine import VirtualEngine
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import Tuner, WindowRecord
-from agft_ray.types import Arm, EngineSample, Request, RequestTimings
+from agft_ray.types import Arm, EngineSample
 from agft_ray.virtual.governed import GovernedSteps
 from agft_ray.virtual.routers import RouterName
+from agft_ray.workloads.requests import Request, RequestTimings
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,13 @@ from agft_ray.settings import TunerConfig
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import load_gpu_profile
 from agft_ray.tuner import WindowRecord
-from agft_ray.types import EngineSample, Request, RequestTimings
+from agft_ray.types import EngineSample
 from agft_ray.virtual.replica import FleetSetup as FleetSetup
 from agft_ray.virtual.replica import GridWindow as GridWindow
 from agft_ray.virtual.replica import Listeners, VirtualReplica
 from agft_ray.virtual.routers import build_router
 from agft_ray.virtual.sharing import ExperienceSharing
+from agft_ray.workloads.requests import Request, RequestTimings
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agft_ray.clock import Clock
+from agft_ray.policy.experience import Prior, PriorKey
 from agft_ray.policy.reward import REWARD_SCHEMA
 from agft_ray.priors.store import ExperienceStore, ReplicaReport
 from agft_ray.settings import TunerConfig
 from agft_ray.telemetry.features import FEATURE_SCHEMA
 from agft_ray.tuner import Tuner
-from agft_ray.types import Prior, PriorKey
 from agft_ray.virtual.replica import FleetSetup, VirtualReplica
 
 _DEPLOYMENT = "simulated"
@@ -65,7 +65,7 @@ class ExperienceSharing:
             engine_model=self._setup.model,
             tensor_parallel=1,
             role=tuner.role,
-            quantisation="none",
+            quantization="none",
             objective=f"{config.objective} ttft<={config.slo.ttft_s} tpot<={config.slo.tpot_s}",
             window_s=config.window_s,
             feature_schema=FEATURE_SCHEMA,

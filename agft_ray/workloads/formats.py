@@ -10,7 +10,7 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, NoReturn, Protocol
 
-from agft_ray.types import PREFIX_BLOCK_TOKENS
+from agft_ray.workloads.requests import PREFIX_BLOCK_TOKENS
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 LENGTHS_COLUMNS = ("arrival_time_ns", "input_toks", "output_toks")

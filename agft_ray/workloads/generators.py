@@ -18,10 +18,10 @@ from pydantic import Field, model_validator
 
 from agft_ray.config import Count, Positive, StrictModel, parse
 from agft_ray.errors import ConfigError
-from agft_ray.types import PREFIX_BLOCK_TOKENS, Request
 from agft_ray.workloads import arrivals, lengths
 from agft_ray.workloads.arrivals import WeeklyRate
 from agft_ray.workloads.lengths import Lengths, lognormal
+from agft_ray.workloads.requests import PREFIX_BLOCK_TOKENS, Request
 from agft_ray.workloads.traces import find_trace
 
 CONVERSATION_CV = 1.09

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TextIO
 
 from agft_ray.errors import TraceError
-from agft_ray.types import Request
 from agft_ray.workloads.formats import TraceFormat, detect
+from agft_ray.workloads.requests import Request
 
 DATA_VARIABLE = "AGFT_RAY_DATA"
 """Environment variable: the folder whose `traces/` holds traces."""

@@ -23,7 +23,7 @@ from agft_ray.simulation.physics import (
 )
 from agft_ray.simulation.profiles import load_gpu_profile
 from agft_ray.simulation.virtual_engine import VirtualEngine
-from agft_ray.types import Request
+from agft_ray.workloads.requests import Request
 
 A6000 = load_gpu_profile("rtx_a6000")
 A100 = load_gpu_profile("a100_sxm_80gb")

@@ -18,7 +18,7 @@ from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.physics import prefill_attention_s
 from agft_ray.simulation.profiles import load_gpu_profile
 from agft_ray.simulation.virtual_engine import VirtualEngine
-from agft_ray.types import Request
+from agft_ray.workloads.requests import Request
 
 RUN = "calibration/rtxpro6000_llama31_8b_vllm_run/requests.jsonl"
 

@@ -17,7 +17,7 @@ from test_policy_contract import ARMS, CONFIGS, window
 import agft_ray
 from agft_ray.policy.baselines.pair import PairConfig
 from agft_ray.policy.baselines.volta import VoltaConfig
-from agft_ray.types import StepSample
+from agft_ray.policy.step import StepSample
 
 SCRIPT = Path(__file__).with_name("replayed.py")
 GOVERNORS = [

@@ -15,12 +15,13 @@ from agft_ray.policy.baselines.fixed import FixedConfig
 from agft_ray.policy.baselines.pid import PidConfig
 from agft_ray.policy.baselines.predictive import PredictiveConfig
 from agft_ray.policy.baselines.rules import RulesConfig
+from agft_ray.policy.experience import Experience, Prior, PriorKey
 from agft_ray.policy.reference.policy import AgftReferenceConfig
 from agft_ray.policy.registry import BuiltinConfig, build_policy
 from agft_ray.testing import ARMS, CHECKS, check_policy, context, outcome, play, state
 from agft_ray.testing import trained as trained_by
 from agft_ray.testing import window as window
-from agft_ray.types import Context, Decision, Experience, Prior, PriorKey
+from agft_ray.types import Context, Decision
 
 CONFIGS = {
     "default": DefaultConfig(),

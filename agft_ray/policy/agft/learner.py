@@ -10,8 +10,9 @@ import numpy as np
 from agft_ray.policy.agft.config import AgftConfig, AgftState
 from agft_ray.policy.agft.drift import PageHinkley
 from agft_ray.policy.agft.linucb import LinUcb
+from agft_ray.policy.experience import Experience
 from agft_ray.policy.statistics import FEATURES, Source, features_of, part_of, validate
-from agft_ray.types import DEFAULT_CLOCKS_KEY, Arm, Experience, Outcome
+from agft_ray.types import DEFAULT_CLOCKS_KEY, Arm, Outcome
 
 NOISE_MEMORY = 64
 """Windows over which the noise of the rewards is averaged."""

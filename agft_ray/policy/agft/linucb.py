@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from agft_ray.policy.experience import Experience
 from agft_ray.policy.statistics import ArmStatistics, Source
-from agft_ray.types import Experience
 
 DECAY_INTERVAL = 16
 """Own evidence is discounted once in so many learned windows, all arms in one batch."""

@@ -17,8 +17,9 @@ from agft_ray.policy.agft.config import AgftConfig, AgftState
 from agft_ray.policy.agft.learner import AgftLearner
 from agft_ray.policy.agft.linucb import Prediction
 from agft_ray.policy.arms import grid, refined
+from agft_ray.policy.experience import Experience, Prior
 from agft_ray.policy.statistics import Source, features_of, is_evidence
-from agft_ray.types import DEFAULT_CLOCKS_KEY, Arm, Context, Decision, Experience, Outcome, Prior
+from agft_ray.types import DEFAULT_CLOCKS_KEY, Arm, Context, Decision, Outcome
 
 __all__ = ["AgftConfig", "AgftPolicy"]
 

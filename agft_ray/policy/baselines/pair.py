@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from agft_ray.config import Count, StrictModel
 from agft_ray.policy.arms import at_or_below
-from agft_ray.policy.step import check_observation
-from agft_ray.types import Arm, StepSample
+from agft_ray.policy.step import StepSample, check_observation
+from agft_ray.types import Arm
 
 
 class PairConfig(StrictModel):

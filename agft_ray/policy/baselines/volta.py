@@ -13,8 +13,8 @@ from pydantic import Field
 from agft_ray.config import Count, NonNegative, Positive, StrictModel
 from agft_ray.policy.arms import nearest
 from agft_ray.policy.ridge import Ridge
-from agft_ray.policy.step import check_observation
-from agft_ray.types import Arm, StepSample
+from agft_ray.policy.step import StepSample, check_observation
+from agft_ray.types import Arm
 
 UNIT_TOKENS = {False: 64.0, True: 2048.0}
 """Tokens of a step without and with prefill that count as one."""

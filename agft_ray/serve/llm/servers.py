@@ -137,7 +137,7 @@ def _attach(llm_config: LLMConfig, role: str, stats: VllmStats, problem: str) ->
         config=energy.tuner,
         tensor_parallel=kwargs.get("tensor_parallel_size", 1),
         role=role,
-        quantisation=kwargs.get("quantization") or "none",
+        quantization=kwargs.get("quantization") or "none",
         observe_only=problem,
         bundles=_bundles(),
     )

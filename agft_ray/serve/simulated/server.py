@@ -42,8 +42,8 @@ from agft_ray.simulation.physics import prefill_attention_s
 from agft_ray.simulation.profiles import load_gpu_profile
 from agft_ray.simulation.shared_device import SharedDevice
 from agft_ray.simulation.wall_engine import WallEngine
-from agft_ray.types import Request as EngineRequest
-from agft_ray.types import RequestTimings
+from agft_ray.workloads.requests import Request as EngineRequest
+from agft_ray.workloads.requests import RequestTimings
 
 MEDIAN_OUTPUT_TOKENS, MEAN_OUTPUT_TOKENS = 129, 211
 """Of answers whose length the request leaves open: those of the Azure 2023 conversation trace."""

@@ -7,7 +7,7 @@ import pytest
 
 from agft_ray.actors import memory as module
 from agft_ray.actors.memory import MAX_FILES, Learned, Memory
-from agft_ray.types import PriorKey
+from agft_ray.policy.experience import PriorKey
 
 KEY = PriorKey("RTX A6000", "m", 1, "mixed", "none", "edp", 2.0, 1, 1, "agft")
 LEARNED = Learned(KEY, 5000, {"schema": 1, "bandit": {"counts": [1, 2.5, 1e300]}})

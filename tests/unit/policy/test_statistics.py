@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from agft_ray.errors import PriorError
+from agft_ray.policy.experience import Experience
 from agft_ray.policy.statistics import ArmStatistics, Source, features_of, validate
-from agft_ray.types import Context, Experience
+from agft_ray.types import Context
 
 
 def honest(seed=0, windows=20):

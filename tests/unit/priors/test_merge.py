@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from agft_ray.errors import PriorError
+from agft_ray.policy.experience import Experience
 from agft_ray.policy.statistics import FEATURES, validate
 from agft_ray.priors.merge import add
-from agft_ray.types import Experience
 
 
 def of(arms, seed, d=FEATURES, windows=5):

@@ -5,9 +5,9 @@ import pytest
 
 from agft_ray.clock import ManualClock
 from agft_ray.errors import PriorError
+from agft_ray.policy.experience import Experience, PriorKey
 from agft_ray.policy.statistics import FEATURES as D
 from agft_ray.priors.store import MAX_RETIRED, ExperienceStore, ReplicaReport
-from agft_ray.types import Experience, PriorKey
 
 KEY = PriorKey("RTX A6000", "llama", 1, "mixed", "none", "edp", 2.0, 1, 1, "agft")
 

@@ -18,7 +18,7 @@ from agft_ray.replay.client import replay
 from agft_ray.replay.endpoint import Exchange
 from agft_ray.replay.result import ReplayResult, RequestRow, ServerStatus, bottlenecks
 from agft_ray.replay.summary import summarise
-from agft_ray.types import Request
+from agft_ray.workloads.requests import Request
 
 DELAY_S = 0.05
 SLACK_S = 0.3

@@ -11,7 +11,8 @@ from agft_ray.errors import ConfigError
 from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import load_gpu_profile
-from agft_ray.types import Request, StepTotals
+from agft_ray.types import StepTotals
+from agft_ray.workloads.requests import Request
 
 STEP_S = 0.5  # exact in binary, so that sums of steps are exact as well
 

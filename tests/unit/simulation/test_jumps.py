@@ -20,7 +20,7 @@ from agft_ray.simulation.physics import (
 )
 from agft_ray.simulation.profiles import bundled_profiles, load_gpu_profile
 from agft_ray.simulation.virtual_engine import VirtualEngine
-from agft_ray.types import Request
+from agft_ray.workloads.requests import Request
 
 PROFILES = {name: load_gpu_profile(name) for name in bundled_profiles()}
 PAIRS = [(name, model) for name, profile in PROFILES.items() for model in profile.models]

@@ -7,7 +7,7 @@ import pytest
 from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.prefix_cache import PrefixCache
-from agft_ray.types import Request
+from agft_ray.workloads.requests import Request
 
 STEP_S = 0.5
 BLOCKS = 32  # KV blocks of 16 tokens in a prefix block of 512

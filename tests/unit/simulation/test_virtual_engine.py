@@ -7,8 +7,8 @@ from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import load_gpu_profile
 from agft_ray.simulation.virtual_engine import VirtualEngine
-from agft_ray.types import Request
 from agft_ray.workloads.generators import generate_conversation
+from agft_ray.workloads.requests import Request
 
 STEP_S = 0.25
 

@@ -11,7 +11,7 @@ from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.virtual_engine import VirtualEngine
 from agft_ray.simulation.wall_engine import WallEngine
-from agft_ray.types import Request
+from agft_ray.workloads.requests import Request
 
 SPEED = 50.0
 STEP_S = 0.5  # 10 ms of wall time

@@ -29,7 +29,7 @@ from agft_ray.study.pool import one_by_one
 from agft_ray.study.run import AbandonedError, Job, perform
 from agft_ray.study.scenario import Scenario
 from agft_ray.study.study import Study
-from agft_ray.types import RequestTimings
+from agft_ray.workloads.requests import RequestTimings
 from unit.results.test_record import RECORD
 
 A6000 = load_gpu_profile("rtx_a6000")

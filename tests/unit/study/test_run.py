@@ -17,8 +17,8 @@ from agft_ray.study.rows import CHUNK, RunRows, Spill, read_columns
 from agft_ray.study.run import Job, perform
 from agft_ray.study.scenario import Scenario
 from agft_ray.study.study import Study, run_folder
-from agft_ray.types import RequestTimings
 from agft_ray.virtual.run import GridWindow, run_virtual
+from agft_ray.workloads.requests import RequestTimings
 
 SHORT = Scenario(rate_per_s=1.0, duration_s=60.0, slo={"ttft_s": 0.3, "tpot_s": 0.03})
 

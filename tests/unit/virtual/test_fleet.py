@@ -10,11 +10,11 @@ from agft_ray.settings import TunerConfig
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.physics import idle_power_w
 from agft_ray.simulation.profiles import load_gpu_profile
-from agft_ray.types import Request
 from agft_ray.virtual.replica import Listeners, VirtualReplica
 from agft_ray.virtual.run import FleetSetup, run_fleet
 from agft_ray.virtual.sharing import ExperienceSharing
 from agft_ray.workloads.generators import generate_conversation
+from agft_ray.workloads.requests import Request
 
 GPU = load_gpu_profile("rtx_a6000")
 FIXED = {"name": "fixed", "sm_clock_mhz": 1230}

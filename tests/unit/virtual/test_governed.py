@@ -6,10 +6,10 @@ from agft_ray.settings import TunerConfig
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.physics import StepWork, idle_power_w, step_time_s
 from agft_ray.simulation.profiles import load_gpu_profile
-from agft_ray.types import Request
 from agft_ray.virtual.replica import FleetSetup, Listeners, VirtualReplica
 from agft_ray.virtual.run import run_fleet
 from agft_ray.workloads.generators import generate_conversation
+from agft_ray.workloads.requests import Request
 
 GPU = load_gpu_profile("rtx_a6000")
 MODEL = GPU.models["llama-3.1-8b"]

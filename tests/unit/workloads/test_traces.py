@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agft_ray.errors import TraceError
-from agft_ray.types import Request
+from agft_ray.workloads.requests import Request
 from agft_ray.workloads.traces import MAX_LINE_CHARS, find_trace, open_trace
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"

@@ -335,7 +335,8 @@ def test_the_kernel_does_not_kill_it_for_memory_as_it_does_rays_workers(lease):
     own.write_text("500")
     try:
         guard = Guard.start([lease])
-        assert Path(f"/proc/{guard.pid}/oom_score_adj").read_text() == "0\n"
+        score = Path(f"/proc/{guard.pid}/oom_score_adj")
+        assert within(5.0, lambda: score.read_text() == "0\n")
         guard.release()
     finally:
         own.write_text(before)

@@ -9,8 +9,9 @@ import pytest
 
 from agft_ray.policy.agft import learner as learner_module
 from agft_ray.policy.agft.policy import AgftConfig, AgftPolicy
+from agft_ray.policy.experience import Prior, PriorKey
 from agft_ray.priors.merge import add
-from agft_ray.types import Context, Outcome, Prior, PriorKey
+from agft_ray.types import Context, Outcome
 
 ARMS = tuple(range(210, 2101, 15))
 KEY = PriorKey("A6000", "m", 1, "mixed", "bf16", "edp", 0.8, 1, 1, "agft")

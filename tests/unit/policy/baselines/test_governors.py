@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from agft_ray.policy.baselines.pair import PairConfig
 from agft_ray.policy.baselines.volta import VoltaConfig
 from agft_ray.policy.registry import GovernorConfig, build_governor
-from agft_ray.types import StepSample
+from agft_ray.policy.step import StepSample
 from unit.policy.policy_tools import ARMS
 
 LEVELS = [1050, 1260, 1470, 1680, 1890, 2100]
