@@ -16,7 +16,7 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(MAKE) vllm || test -z "$$CI"
 ifeq ($(origin TEST_ARGS), undefined)
-	$(VENV)/bin/python -m pytest --numprocesses 2 $(PARALLEL)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(PARALLEL)
 	$(VENV)/bin/python -m pytest $(addprefix --ignore=,$(PARALLEL))
 else
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
