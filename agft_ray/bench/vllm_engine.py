@@ -19,7 +19,8 @@ from agft_ray.actors.experience_aggregator import get_aggregator
 from agft_ray.errors import AgftError
 from agft_ray.gpu.config import SimulatedGpuConfig
 from agft_ray.gpu.registry import claim_simulated_gpu
-from agft_ray.serve.attach import TunerLink, attach_tuner
+from agft_ray.serve.attach import attach_tuner
+from agft_ray.serve.link import TunerLink
 from agft_ray.serve.vllm.statistics import VllmStats
 
 SIDES = {

@@ -12,7 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agft_ray.serve.attach import TunerLink, attach_tuner
+    from agft_ray.serve.attach import attach_tuner
+    from agft_ray.serve.link import TunerLink
     from agft_ray.serve.llm.servers import (
         build_dp_openai_app,
         build_openai_app,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from agft_ray.serve.vllm.statistics import VllmStats
 
 _HOMES = {
-    "TunerLink": "attach",
+    "TunerLink": "link",
     "VllmStats": "vllm.statistics",
     "attach_tuner": "attach",
     "build_app": "simulated.application",

@@ -24,7 +24,8 @@ from agft_ray.config import parse, problems_of
 from agft_ray.errors import ConfigError
 from agft_ray.gpu.config import NvmlGpuConfig, SimulatedGpuConfig
 from agft_ray.gpu.registry import GpuSpec, claim_simulated_gpu
-from agft_ray.serve.attach import TunerLink, attach_tuner
+from agft_ray.serve.attach import attach_tuner
+from agft_ray.serve.link import TunerLink
 from agft_ray.serve.llm.config import (
     ENERGY_KEY,
     NO_SERVER_CLS,

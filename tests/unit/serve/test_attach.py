@@ -9,7 +9,8 @@ from ray.exceptions import RayError, RaySystemError
 from agft_ray.actors.messages import TunerReply
 from agft_ray.errors import ConfigError, GpuLostError, GpuUnavailableError
 from agft_ray.gpu.config import NvmlGpuConfig
-from agft_ray.serve import attach as colocation
+from agft_ray.serve import attach as attach_module
+from agft_ray.serve import link as link_module
 from agft_ray.serve.placement import NodeGpus
 from agft_ray.settings import TunerConfig
 from agft_ray.types import EngineSample
@@ -51,11 +52,11 @@ def context(monkeypatch):
         rank=None,
         _deployment_config=SimpleNamespace(user_config=None),
     )
-    monkeypatch.setattr(colocation.serve, "get_replica_context", lambda: context)
-    monkeypatch.setattr(colocation, "own_node_id", lambda: "here")
-    monkeypatch.setattr(colocation, "own_gpu_amounts", lambda bundles: (1.0,))
-    monkeypatch.setattr(colocation, "RETRY_S", 0.02)
-    monkeypatch.setattr(colocation, "PUSH_RETRY_S", 0.02)
+    monkeypatch.setattr(link_module.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(link_module, "own_node_id", lambda: "here")
+    monkeypatch.setattr(link_module, "own_gpu_amounts", lambda bundles: (1.0,))
+    monkeypatch.setattr(link_module, "RETRY_S", 0.02)
+    monkeypatch.setattr(link_module, "PUSH_RETRY_S", 0.02)
     monkeypatch.setattr(TunerConfig, "push_interval_s", lambda config, speed: 0.01)
     return context
 
@@ -69,7 +70,7 @@ def started(context, monkeypatch):
         started.append(spec)
         return started.tuner
 
-    monkeypatch.setattr(colocation, "start_tuner", start_tuner)
+    monkeypatch.setattr(attach_module, "start_tuner", start_tuner)
     return started
 
 
@@ -80,7 +81,7 @@ class Started(list):
 
 
 def attach(**changes):
-    return colocation.attach_tuner(
+    return attach_module.attach_tuner(
         lambda t_s: EngineSample(t_s=t_s), **{"gpu": GPU, "engine_model": "m"} | changes
     )
 
@@ -107,7 +108,7 @@ def raise_(error):
 @pytest.mark.parametrize("error", [RaySystemError("no control service"), OSError("whatever")])
 def test_a_probe_that_ray_fails_is_repeated_until_there_is_a_tuner(started, monkeypatch, error):
     answers = [lambda: raise_(error), lambda: (NodeGpus("here", ("GPU-1",), 1.0),)]
-    monkeypatch.setattr(colocation, "probe_gpus", lambda bundles: answers.pop(0)())
+    monkeypatch.setattr(link_module, "probe_gpus", lambda bundles: answers.pop(0)())
 
     async def act():
         link = attach(gpu=NvmlGpuConfig())
@@ -121,9 +122,9 @@ def test_a_probe_that_ray_fails_is_repeated_until_there_is_a_tuner(started, monk
 
 
 def test_a_tuner_that_ray_cannot_start_is_started_later(started, monkeypatch):
-    start, errors = colocation.start_tuner, [RaySystemError("no control service")]
+    start, errors = attach_module.start_tuner, [RaySystemError("no control service")]
     monkeypatch.setattr(
-        colocation, "start_tuner", lambda spec: raise_(errors.pop()) if errors else start(spec)
+        attach_module, "start_tuner", lambda spec: raise_(errors.pop()) if errors else start(spec)
     )
 
     async def act():
@@ -137,7 +138,7 @@ def test_a_tuner_that_ray_cannot_start_is_started_later(started, monkeypatch):
 
 def test_gpus_that_cannot_be_told_leave_a_tuner_that_says_why(started, monkeypatch):
     error = GpuUnavailableError("'7' is no GPU of this node, which has 1")
-    monkeypatch.setattr(colocation, "probe_gpus", lambda bundles: raise_(error))
+    monkeypatch.setattr(link_module, "probe_gpus", lambda bundles: raise_(error))
 
     async def act():
         link = attach(gpu=NvmlGpuConfig())
@@ -208,17 +209,17 @@ def test_new_settings_ask_ray_nothing(started, monkeypatch):
         link = attach(gpu=NvmlGpuConfig(), config={"mode": "observe"})
         link.reconfigure({"mode": "observe"})
         error = RaySystemError("no control service")
-        monkeypatch.setattr(colocation, "own_gpu_amounts", lambda bundles: raise_(error))
+        monkeypatch.setattr(link_module, "own_gpu_amounts", lambda bundles: raise_(error))
         link.reconfigure({"mode": "control"})
         assert link.config_error == ""
         await link.close()
 
-    monkeypatch.setattr(colocation, "probe_gpus", lambda bundles: ())
+    monkeypatch.setattr(link_module, "probe_gpus", lambda bundles: ())
     run(act)
 
 
 def test_control_of_a_share_of_a_gpu_is_refused_at_once_and_later(started, monkeypatch):
-    monkeypatch.setattr(colocation, "own_gpu_amounts", lambda bundles: (0.5,))
+    monkeypatch.setattr(link_module, "own_gpu_amounts", lambda bundles: (0.5,))
 
     async def act():
         with pytest.raises(ConfigError, match=r"0\.5 of one"):

@@ -11,8 +11,8 @@ import pytest
 from agft_ray.actors.messages import TunerReply
 from agft_ray.errors import StaleMetricsError
 from agft_ray.gpu.config import NvmlGpuConfig
-from agft_ray.serve import attach as colocation
-from agft_ray.serve.attach import TunerLink
+from agft_ray.serve import link as link_module
+from agft_ray.serve.link import TunerLink
 from agft_ray.settings import TunerConfig
 
 
@@ -51,9 +51,9 @@ class FakeTuner:
 @pytest.fixture(autouse=True)
 def replica(monkeypatch):
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"), rank=None)
-    monkeypatch.setattr(colocation.serve, "get_replica_context", lambda: context)
-    monkeypatch.setattr(colocation, "own_node_id", lambda: "node")
-    monkeypatch.setattr(colocation, "own_gpu_amounts", lambda bundles: (1.0,))
+    monkeypatch.setattr(link_module.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(link_module, "own_node_id", lambda: "node")
+    monkeypatch.setattr(link_module, "own_gpu_amounts", lambda bundles: (1.0,))
 
 
 def stale(t_s):
