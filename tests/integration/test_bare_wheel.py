@@ -11,6 +11,8 @@ COMMANDS = {
     "version": (["--version"], 0, "agft-ray 0."),
     "simulate": (["simulate", "--duration", "60", "--policy", "fixed:1230"], 0, "fixed:1230"),
     "validate": (["validate", "simulated.yaml"], 0, "valid. 3 replicas"),
+    "config": (["config", "show", "llm_h100"], 0, "TunedLLMServer"),
+    "policies": (["policies"], 0, "agft_reference"),
     "status of nothing": (["status"], 2, "needs the extra 'serve'"),
     "doctor": (["doctor"], 1, "NVML"),
 }

@@ -1,9 +1,13 @@
+import argparse
+import shlex
 import signal
+import subprocess
+import sys
 
 import pytest
 import yaml
 
-from agft_ray.cli.app import main
+from agft_ray.cli.app import EXAMPLES, _parser, main
 from agft_ray.serve.checks import simulated_app, validate_file
 
 CONFIG = "configs/simulated.yaml"
@@ -39,6 +43,42 @@ def test_the_callers_signal_handler_is_its_own_again(request):
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_validate_takes_several_files_and_names_the_mistakes_of_each(capsys, request, tmp_path):
+    good, bad = request.config.rootpath / CONFIG, tmp_path / "bad.yaml"
+    bad.write_text("applications: 5")
+    assert main(["validate", str(bad), str(good), str(tmp_path / "missing.yaml")]) == 2
+    shown = capsys.readouterr()
+    assert f"{good}: valid. 3 replicas" in shown.out
+    assert str(bad) in shown.err
+    assert "missing.yaml" in shown.err
+
+
+def test_every_command_has_an_example_that_it_understands(capsys):
+    commands = next(
+        action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    assert set(commands.choices) == set(EXAMPLES)
+    for name, example in EXAMPLES.items():
+        words = shlex.split(example.partition(" > ")[0])
+        assert words[:2] == ["agft-ray", name]
+        assert _parser().parse_args(words[1:]).command
+        assert example in commands.choices[name].format_help()
+
+
+def test_help_says_defaults():
+    commands = next(
+        action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    words = " ".join(commands.choices["demo"].format_help().split())
+    assert "--wall S wall seconds of load (default: 180.0)" in words
+
+
+def test_output_that_nobody_reads_any_more_is_no_error(request):
+    command = f"{sys.executable} -m agft_ray.cli config schema | head -c 10"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert result.stderr == ""
 
 
 def test_validate_says_what_will_run(capsys, request):

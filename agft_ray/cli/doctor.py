@@ -1,4 +1,4 @@
-"""The commands `agft-ray doctor` and `agft-ray reset`."""
+"""The command `agft-ray doctor`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import json
 from typing import TYPE_CHECKING
 
 from agft_ray.errors import ConfigError
-from agft_ray.gpu import restore
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
-def add_commands(commands: Commands) -> None:
-    """Add both to the parser; a command returns its exit status."""
+def add_command(commands: Commands) -> None:
+    """Add it to the parser; a command returns its exit status."""
     doctor = commands.add_parser(
         "doctor",
         help="say whether this node's GPUs can be tuned",
@@ -35,10 +34,6 @@ def add_commands(commands: Commands) -> None:
     )
     doctor.add_argument("--json", action="store_true", help="print the same facts as JSON")
     doctor.set_defaults(command=_doctor)
-
-    reset = commands.add_parser("reset", help="reset the clocks that dead owners left locked")
-    restore.add_arguments(reset)
-    reset.set_defaults(command=_reset)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -64,9 +59,3 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(lines(findings)))
     return 0 if findings.can_control else 1
-
-
-def _reset(arguments: argparse.Namespace) -> int:
-    if problem := restore.usage_problem(arguments):
-        raise ConfigError("reset", [problem])
-    return restore.run(arguments)
