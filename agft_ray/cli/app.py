@@ -45,7 +45,8 @@ EXAMPLES = {
     "replay": "agft-ray replay --rate 2 --duration 120 --out runs/mine",
     "plot": "agft-ray plot runs/mine --out replay.svg",
     "fetch-data": "agft-ray fetch-data azure2023_conv.csv",
-    "calibrate": "agft-ray calibrate measured.csv --base rtx_a6000 --model llama-3.1-8b --out a.yaml",
+    "calibrate": "agft-ray calibrate measured.csv --base rtx_a6000 --model llama-3.1-8b "
+    "--out mine.yaml",
     "bench": "agft-ray bench decision",
 }
 LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
