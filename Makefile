@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PARALLEL := tests/unit tests/contract
 VLLM_STAMP := $(VENV)/.installed-vllm
 
-.PHONY: demo test lint bench vllm clean
+.PHONY: demo test lint bench vllm docs clean
 
 demo: $(STAMP)
 	$(VENV)/bin/agft-ray demo configs/simulated.yaml $(DEMO_ARGS)
@@ -30,6 +30,14 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(VENV)/bin/agft-ray bench decision
 	$(VENV)/bin/agft-ray bench overhead
+
+# The pages as a site with search, in build/docs; fails on a broken link.
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q docs build/docs
+
+$(VENV)/.installed-docs: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 # The real engine on the CPU: 0.6 GB to fetch, 3 GB on disk, some minutes.
 vllm: $(VLLM_STAMP)

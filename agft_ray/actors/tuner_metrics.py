@@ -9,9 +9,24 @@ from agft_ray.tuner import Tuner, WindowRecord
 from agft_ray.types import Actuator
 
 TAGS = ("application", "deployment", "replica", "gpu_uuid")
+GAUGES = {
+    "agft_locked_sm_clock_mhz": "SM clock that is locked; 0: default clocks",
+    "agft_power_limit_w": "Power limit that is set; 0: the one found",
+    "agft_sm_clock_mhz": "Mean effective SM clock of the window",
+    "agft_power_w": "Mean power of the window",
+    "agft_tpot_s": "Mean time per output token of the window",
+    "agft_reward": "Reward of the window",
+    "agft_tuner_tuning": "1 while a policy chooses the clock, else 0",
+}
+COUNTERS = {
+    "agft_clock_changes": "Changes of what is locked",
+    "agft_energy_j": "Energy of all windows",
+    "agft_windows": "Windows observed",
+}
+"""Ray exports all of them as `ray_agft_*`, counters with `_total` behind it."""
 _LOCKED = {
-    Actuator.SM_CLOCK: ("agft_locked_sm_clock_mhz", "SM clock that is locked; 0: default clocks"),
-    Actuator.POWER_LIMIT: ("agft_power_limit_w", "Power limit that is set; 0: the one found"),
+    Actuator.SM_CLOCK: "agft_locked_sm_clock_mhz",
+    Actuator.POWER_LIMIT: "agft_power_limit_w",
 }
 
 
@@ -25,27 +40,27 @@ class TunerMetrics:
     def __init__(self, application: str, deployment: str, replica: str, gpu: Gpu) -> None:
         tags = dict(zip(TAGS, (application, deployment, replica, gpu.uuid), strict=True))
 
-        def gauge(name: str, description: str) -> Gauge:
-            metric = Gauge(name, description=description, tag_keys=TAGS)
+        def gauge(name: str) -> Gauge:
+            metric = Gauge(name, description=GAUGES[name], tag_keys=TAGS)
             metric.set_default_tags(tags)
             return metric
 
-        def counter(name: str, description: str) -> Counter:
-            metric = Counter(name, description=description, tag_keys=TAGS)
+        def counter(name: str) -> Counter:
+            metric = Counter(name, description=COUNTERS[name], tag_keys=TAGS)
             metric.set_default_tags(tags)
             return metric
 
         self._gpus = [{"gpu_uuid": uuid} for uuid in gpu.uuid.split(",")]
-        self._locked = gauge(*_LOCKED[gpu.actuator])
-        self._clock_changes = counter("agft_clock_changes", "Changes of what is locked")
+        self._locked = gauge(_LOCKED[gpu.actuator])
+        self._clock_changes = counter("agft_clock_changes")
         self._changes_shown = 0
-        self._sm_clock = gauge("agft_sm_clock_mhz", "Mean effective SM clock of the window")
-        self._power = gauge("agft_power_w", "Mean power of the window")
-        self._tpot = gauge("agft_tpot_s", "Mean time per output token of the window")
-        self._reward = gauge("agft_reward", "Reward of the window")
-        self._tuning = gauge("agft_tuner_tuning", "1 while a policy chooses the clock, else 0")
-        self._energy = counter("agft_energy_j", "Energy of all windows")
-        self._windows = counter("agft_windows", "Windows observed")
+        self._sm_clock = gauge("agft_sm_clock_mhz")
+        self._power = gauge("agft_power_w")
+        self._tpot = gauge("agft_tpot_s")
+        self._reward = gauge("agft_reward")
+        self._tuning = gauge("agft_tuner_tuning")
+        self._energy = counter("agft_energy_j")
+        self._windows = counter("agft_windows")
 
     def show(self, tuner: Tuner) -> None:
         """Publish what is in force, every second or so, also while there are no windows."""
