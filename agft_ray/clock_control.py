@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from agft_ray.clock import Clock
 from agft_ray.errors import (
@@ -30,6 +32,72 @@ taken to keep none."""
 _REFUSED = (GpuPermissionError, GpuNotSupportedError, GpuUnavailableError)
 
 
+class Obstacle(StrEnum):
+    """What keeps us from setting clocks, in one word."""
+
+    NONE = ""
+    HELD = "held"
+    """Another process has the right to, at the moment."""
+    REFUSED = "refused"
+    """The GPU does not let us, until new settings come."""
+    YIELDED = "yielded"
+    """Somebody else sets them, until new settings come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Whether clocks are ours to set, and if not, why."""
+
+    obstacle: Obstacle = Obstacle.NONE
+    reason: str = ""
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """Not to be tried again before new settings come."""
+        return self.obstacle in (Obstacle.REFUSED, Obstacle.YIELDED)
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What we know of the clocks.
+
+                    locked  ours  due
+    AS_FOUND                no    yes   whatever others left
+    AT_DEFAULT              no    no    after our reset
+    after(arm)      arm     yes   no    after our lock
+    .attempted()    same    yes   same  a lock that is being set, or failed on the way
+    .doubted()      same    same  yes   a lock not in force, a reset that failed
+    .given_up()             same  yes   withdrawn; still ours if the reset failed
+    .seen_at(arm)   arm     same  same  a lock that is not the one we set
+    """
+
+    locked: Arm = None
+    ours: bool = False
+    """Clocks are locked by us, or may be: we are to reset them."""
+    due: bool = False
+    """The next arm is to be set even if it is the one locked, and the first one is none."""
+
+    @staticmethod
+    def after(arm: Arm) -> Hold:
+        return AT_DEFAULT if arm is None else Hold(arm, ours=True)
+
+    def attempted(self) -> Hold:
+        return replace(self, ours=True)
+
+    def doubted(self) -> Hold:
+        return replace(self, due=True)
+
+    def given_up(self) -> Hold:
+        return replace(self, locked=None, due=True)
+
+    def seen_at(self, arm: Arm) -> Hold:
+        return replace(self, locked=arm)
+
+
+AS_FOUND = Hold(due=True)
+AT_DEFAULT = Hold()
+
+
 class ClockControl:
     """What one tuner has locked, and whether it may.
 
@@ -38,29 +106,51 @@ class ClockControl:
 
     def __init__(self, gpu: Gpu, clock: Clock) -> None:
         self._gpu, self._clock = gpu, clock
-        self.locked: Arm = None
+        self._standing, self._hold = Standing(), AS_FOUND  # changed by `_become` alone
         self.settled_s = 0.0
         """When the last change is over; no window may begin before."""
         self.changes = 0
-        self.reset_due = True
-        """Clocks are to be reset first, or a reset has failed and is to be tried again."""
-        self.state = ""
-        """Why clocks are not ours to set: "held" by another process at the moment; "refused" by
-        the GPU or "yielded" to somebody else who sets them, until new settings come; or "".
-        """
-        self.reason = ""
         self.dropped: set[int] = set()
         """Arms that the GPU does not keep or offer, whatever it says."""
         self._mismatches = self._refusals = 0  # in a row
-        self._touched = False  # clocks are locked by us, or may be: a call may fail after it acted
+
+    @property
+    def state(self) -> Obstacle:
+        return self._standing.obstacle
+
+    @property
+    def reason(self) -> str:
+        """Of the obstacle, for people."""
+        return self._standing.reason
 
     @property
     def is_withdrawn(self) -> bool:
-        return self.state in ("refused", "yielded")
+        return self._standing.is_withdrawn
+
+    @property
+    def locked(self) -> Arm:
+        return self._hold.locked
+
+    @locked.setter
+    def locked(self, arm: Arm) -> None:
+        """What was seen to be locked instead, by somebody else."""
+        self._become(hold=self._hold.seen_at(arm))
+
+    @property
+    def reset_due(self) -> bool:
+        """Clocks are to be reset first, or a reset has failed and is to be tried again."""
+        return self._hold.due
+
+    def _become(self, standing: Standing | None = None, hold: Hold | None = None) -> None:
+        if standing is not None:
+            self._standing = standing
+        if hold is not None:
+            self._hold = hold
 
     def restart(self) -> None:
         """Forget refusals: new settings may have changed what they were about."""
-        self.state, self.reason, self._mismatches, self._refusals = "", "", 0, 0
+        self._become(Standing())
+        self._mismatches = self._refusals = 0
         self.dropped.clear()
 
     def take(self, settle_s: float) -> bool:
@@ -73,9 +163,9 @@ class ClockControl:
             self._stand_by(str(error))
             return False
         except _REFUSED as error:
-            self._withdraw("refused", str(error))
+            self._withdraw(Obstacle.REFUSED, str(error))
             return False
-        self.state, self.reason = "", ""
+        self._become(Standing())
         if self.reset_due:
             self.set(None, settle_s)
         return not self.is_withdrawn
@@ -90,7 +180,7 @@ class ClockControl:
     def _forget(self, error: Exception) -> None:
         """Clocks were taken back, and have been reset by whoever did it."""
         log.warning("%s", error)
-        self.locked, self._touched, self.reset_due = None, False, True
+        self._become(hold=AS_FOUND)
 
     def set(self, arm: Arm, settle_s: float) -> None:
         """Lock or reset, only when it changes something; then let the clock settle.
@@ -106,7 +196,7 @@ class ClockControl:
             if arm is None:
                 self._gpu.reset()
             else:
-                self._touched = True
+                self._become(hold=self._hold.attempted())
                 self._gpu.lock(arm)
         except GpuArgumentError as error:
             if arm is None:
@@ -118,12 +208,12 @@ class ClockControl:
             self._forget(error)
             return
         except _REFUSED as error:
-            self._withdraw("refused", str(error))
+            self._withdraw(Obstacle.REFUSED, str(error))
             return
         if arm is not None:
             self._refusals = 0
         self.changes += arm != self.locked
-        self.locked, self.reset_due, self._touched = arm, False, arm is not None
+        self._become(hold=Hold.after(arm))
         self.settled_s = self._clock.now_s() + settle_s
 
     def check(self, reading: GpuSample) -> None:
@@ -148,13 +238,13 @@ class ClockControl:
             self._yield(found)
         elif self._mismatches >= FAILURES_TO_WITHDRAW:
             self._withdraw(
-                "refused",
+                Obstacle.REFUSED,
                 f"{found}: the GPU keeps no clock; see its limits, then send new settings",
             )
         elif self._mismatches % MISMATCHES_TO_DROP == 0:
             self.dropped.add(self.locked)
         else:
-            self.reset_due = True
+            self._become(hold=self._hold.doubted())
 
     def _is_evidence(self, reading: GpuSample) -> bool:
         limits = THROTTLED | EventReason.SW_POWER_CAP | EventReason.GPU_IDLE
@@ -167,26 +257,26 @@ class ClockControl:
     def let_go(self, *, for_good: bool = False) -> bool:
         """Reset the clocks if they are or may be ours, and give the right back; False if the reset
         fails. Then the right is kept, for another try, unless this is the last one."""
-        is_reset = not self._touched or self.reset()
+        is_reset = not self._hold.ours or self.reset()
         if is_reset or for_good:
             self._gpu.release()
-            self.reset_due = True
+            self._become(hold=self._hold.doubted())
         return is_reset
 
     def reset_own(self) -> None:
         """Reset the clocks if they are or may be ours."""
-        if self._touched:
+        if self._hold.ours:
             self.reset()
 
     def reset(self) -> bool:
         """Reset the clocks whatever state things are in; False, and still due, if that fails."""
-        self.reset_due = True
+        self._become(hold=self._hold.doubted())
         try:
             self._gpu.reset()
         except GpuError:
             log.exception("clocks of %s could not be reset", self._gpu.uuid)
             return False
-        self.locked, self.reset_due, self._touched = None, False, False
+        self._become(hold=AT_DEFAULT)
         return True
 
     def _count_refusal(self, arm: Arm, why: str) -> None:
@@ -194,24 +284,25 @@ class ClockControl:
         log.warning("arm %s is not set: %s", arm, why)
         if self._refusals >= FAILURES_TO_WITHDRAW:
             self._withdraw(
-                "refused", f"the GPU takes none of its clocks, the last was {arm}: {why}"
+                Obstacle.REFUSED,
+                f"the GPU takes none of its clocks, the last was {arm}: {why}",
             )
 
     def _stand_by(self, reason: str) -> None:
-        if self.state != "held":
+        if self.state is not Obstacle.HELD:
             log.warning("observing only: %s", reason)
-        self.state, self.reason = "held", reason
-        self.locked, self._touched, self.reset_due = None, False, True
+        self._become(Standing(Obstacle.HELD, reason), AS_FOUND)
 
-    def _withdraw(self, state: str, reason: str) -> None:
+    def _withdraw(self, obstacle: Obstacle, reason: str) -> None:
         log.error("clocks are not set any more: %s", reason)
-        self.state, self.reason = state, reason
+        self._become(Standing(obstacle, reason))
         self.reset_own()
         self._gpu.release()
-        self.locked, self.reset_due = None, True
+        self._become(hold=self._hold.given_up())
 
     def _yield(self, found: str) -> None:
-        self.locked, self._touched = None, False
+        self._become(hold=AS_FOUND)  # not ours, so that withdrawing does not reset
         self._withdraw(
-            "yielded", f"{found}: somebody else sets clocks; end that, then send new settings"
+            Obstacle.YIELDED,
+            f"{found}: somebody else sets clocks; end that, then send new settings",
         )

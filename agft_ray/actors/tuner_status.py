@@ -17,7 +17,7 @@ _LOCKED = {
 def tuner_figures(tuner: Tuner, last: WindowRecord | None) -> dict[str, Any]:
     """What the loop does; `reason` says why clocks are not set, or what its last fault was."""
     return {
-        "state": tuner.state,
+        "state": str(tuner.state),  # a plain one, for whoever has no class of ours
         "reason": tuner.control.reason or tuner.fault,
         "mode": tuner.mode.value,
         "policy": tuner.policy.name,

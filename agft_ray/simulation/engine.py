@@ -15,6 +15,7 @@ from agft_ray.simulation.batch import StepDevice as StepDevice
 from agft_ray.simulation.batch import TokenEvent as TokenEvent
 from agft_ray.simulation.engine_config import EngineConfig as EngineConfig
 from agft_ray.simulation.kv_blocks import KvBlocks
+from agft_ray.simulation.pending_decodes import PendingDecodes
 from agft_ray.simulation.physics import StepWork
 from agft_ray.telemetry.counters import EngineStats
 from agft_ray.types import EngineSample
@@ -44,11 +45,7 @@ class BatchingEngine:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._in_flight: Batch | None = None
-        self._series: DecodeSeries | None = None
-        self._done, self._done_s = 0, 0.0
-        """Steps of the series that have ended and are not settled, and when the last one did."""
-        self._decoding = False
-        """A step of the series is in progress."""
+        self._pending = PendingDecodes(self._running, self.kv)
         self._stats = EngineStats()
 
     @property
@@ -64,8 +61,7 @@ class BatchingEngine:
     @property
     def kv_cache_usage(self) -> float:
         """Share of KV blocks in use, 0..1."""
-        ahead = self.kv.needed(self._running, self._done + self._decoding)
-        return 1.0 - (self.kv.free - ahead) / self.kv.total
+        return 1.0 - (self.kv.free - self._pending.blocks) / self.kv.total
 
     def is_idle(self, t_s: float) -> bool:
         """Nothing runs, and nothing has arrived by `t_s` that waits."""
@@ -106,7 +102,7 @@ class BatchingEngine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
-        self._settle()
+        self._pending.settle()
         for queue in (self._running, self._waiting, self._future):
             if sequence in queue:
                 queue.remove(sequence)
@@ -123,7 +119,7 @@ class BatchingEngine:
         The batch must be given to `complete` before the next call.
         """
         assert self._in_flight is None, "complete the last batch before scheduling the next"
-        self._settle()
+        self._pending.settle()
         self._receive_arrivals(now_s)
         scheduled: list[tuple[Sequence, int]] = []
         preemptions = self._stats.preemptions
@@ -172,36 +168,28 @@ class BatchingEngine:
         asked. Nothing needs to come of it.
         """
         assert self._in_flight is None, "complete the last batch before planning"
-        if self._receive_arrivals(now_s) or self._series is None:
-            self._settle()
-            self._series = self._new_series()
-        return self._series and self._series.after(self._done)
+        if self._receive_arrivals(now_s) or self._pending.is_over:
+            self._pending.settle()
+            self._pending.start(self._new_series())
+        return self._pending.left
 
     def begin_decode(self) -> None:
         """The next step of the planned series runs: its KV blocks count as taken."""
-        self._decoding = True
+        self._pending.begin_step()
 
     def complete_decodes(self, steps: int, start_s: float, end_s: float) -> list[RequestTimings]:
         """Account for steps of the planned series that ran from `start_s` to `end_s`; returns the
         requests they finished, which can only be in its last one.
         """
-        series, sequences = self._series, len(self._running)
-        assert series is not None, "plan the series first"
-        assert self._done + steps <= series.steps, "more than planned"
-        if self._done:
-            last_tokens_s = sequences * self._done_s
-        else:
-            last_tokens_s = sum(sequence.last_token_s for sequence in self._running)
         self._stats.on_decode_steps(
             steps=steps,
-            sequences=sequences,
+            sequences=len(self._running),
             time_s=end_s - start_s,
-            itl_sum_s=sequences * end_s - last_tokens_s,
+            itl_sum_s=self._pending.end_steps(steps, end_s),
         )
-        self._done, self._done_s, self._decoding = self._done + steps, end_s, False
-        if self._done < series.steps:
+        if not self._pending.is_over:
             return []
-        self._settle()
+        self._pending.settle()
         return [self._finish(s) for s in tuple(self._running) if not s.remaining]
 
     def _new_series(self) -> DecodeSeries | None:
@@ -226,18 +214,6 @@ class BatchingEngine:
             return False
         tokens = min(self._waiting[0].length, config.max_num_batched_tokens - running)
         return tokens > 0 and self.kv.fits(tokens)
-
-    def _settle(self) -> None:
-        """Write what was done of a series to its sequences; as long as it goes on, all of them
-        advance alike and need not be touched."""
-        assert not self._decoding, "a series' step is in progress"
-        if self._done:
-            for sequence in self._running:
-                self.kv.allocate(sequence, sequence.computed + self._done)
-                sequence.computed += self._done
-                sequence.length += self._done
-                sequence.last_token_s = self._done_s
-        self._series, self._done = None, 0
 
     # -- parts ---------------------------------------------------------------------------------
 

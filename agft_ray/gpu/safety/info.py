@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from agft_ray.gpu.safety import fence as lease_fence
 from agft_ray.gpu.safety import lock as lease_lock
 from agft_ray.gpu.safety import record as lease_record
 from agft_ray.gpu.safety.directory import Path, check_directory
@@ -48,7 +49,7 @@ def recorded(directory: Path) -> Iterator[Paths]:
 def _info(paths: Paths) -> LeaseInfo:
     record = believed_record(paths)
     if record is None:
-        record = Record(nvml_target(paths.uuid), "unknown", 0, -1, "", 0, None)
+        record = Record(nvml_target(paths.uuid), "unknown", 0, -1, "", lease_fence.NONE, None)
     return LeaseInfo(
         uuid=paths.uuid,
         owner=record.owner,
@@ -56,8 +57,8 @@ def _info(paths: Paths) -> LeaseInfo:
         held=lease_lock.is_held(paths),
         owner_runs=record.owner_runs,
         guard_pid=record.guard_pid,
-        revoked=record.fence % 2 == 1,
-        damaged=record.fence == 0,
+        revoked=lease_fence.is_revoked(record.fence),
+        damaged=record.fence == lease_fence.NONE,
         barred_s=lease_record.barred_s(paths),
     )
 

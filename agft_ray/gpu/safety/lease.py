@@ -3,8 +3,23 @@
 The right is the flock on `<uuid>.lock`. It lies on an open file description that the owner shares
 with its guard process, so the kernel ends it when both are gone, and no crash, reused PID or PID
 namespace can fool it. Beside it lies a record of how to undo what the owner sets: a record whose
-lock is free was left by a dead owner. Its fence tells an owner that hung that the right was taken
-back: a revoked record has an odd one, an owner writes even ones.
+lock is free was left by a dead owner. Its fence, which grows with each change, tells an owner that
+hung that the right was taken back:
+
+    fence   what it means               becomes   by
+    even    the owner's: it may set     even      `renew`, with a new guard
+            clocks while this is the    odd       `revoke`: the guard of a hung owner, `force`
+            fence it wrote              none      `release`
+    odd     revoked: the owner's        even      `renew`, unless the GPU is barred
+            `check` fails, and somebody odd       `revoke`, once more
+            resets or has reset         none      `release`
+    none    no record, or none to be    even      `acquire`; `renew`, if the owner lives
+            believed: `check` fails
+    any     the lock is free: its       even      `acquire`, after a reset
+            owner died                  none      a reset, by `sweep` or the guard
+
+`renew` and `revoke` may cross, so the later write wins: an odd fence comes to light at the next
+`check`, and after an even one the bar of `force` is looked for again.
 
 An owner may be stopped between `Lease.check` and the write that follows, for as long as it takes
 the guard to revoke and reset. So it checks after each write as well, and resets if the lease was
@@ -27,6 +42,7 @@ from agft_ray.errors import (
     LeaseLostError,
 )
 from agft_ray.gpu.safety import deadline
+from agft_ray.gpu.safety import fence as lease_fence
 from agft_ray.gpu.safety import lock as lease_lock
 from agft_ray.gpu.safety import record as lease_record
 from agft_ray.gpu.safety.deadline import Job
@@ -52,7 +68,8 @@ class Lease:
     def __init__(self, paths: Paths, fd: int, target: Target, owner: str) -> None:
         self.fd = fd
         """The lock's descriptor, for the guard to inherit; -1 once given back."""
-        self.fence = 0
+        self.fence = lease_fence.NONE
+        """The one we may set clocks under; that of the record, unless the lease is lost."""
         self._paths, self._target, self._owner = paths, target, owner
         self._guard_pid: int | None = None
 
@@ -122,7 +139,7 @@ class Lease:
 
     def is_lost(self) -> bool:
         """Whether `check` would raise `LeaseLostError`."""
-        return self.fd < 0 or _fence(self._paths) != self.fence
+        return self.fd < 0 or lease_fence.current(self._paths) != self.fence
 
     def renew(self, *, guard_pid: int | None = None) -> None:
         """Write the record anew, after `LeaseLostError` or with a new guard; the lock is held yet.
@@ -131,29 +148,25 @@ class Lease:
         `GpuTransientError` if the record cannot be written; the lease is lost then.
         """
         self._guard_pid = guard_pid or self._guard_pid
-        if not self._is_in_place():
-            raise LeaseHeldError(
-                f"{self.uuid}: its lock file {self._paths.lock} was removed under this process, "
-                "so that another may have the right; acquire it anew"
-            )
+        self._refuse_if_replaced()
         _refuse_if_barred(self._paths)
-        pid = os.getpid()
-        fence = (_next_fence(_fence(self._paths), self.fence) + 1) & ~1
-        lease_record.write_record(
-            self._paths,
-            Record(
-                target=self._target,
-                owner=self._owner,
-                pid=pid,
-                create_time=lease_record.create_time(pid) or 0,
-                boot_id=lease_record.boot_id(),
-                fence=fence,
-                guard_pid=self._guard_pid,
-            ),
-        )
+        fence = lease_fence.owned_after(self.fence, lease_fence.current(self._paths))
+        lease_record.write_record(self._paths, self._record(fence))
         # `force` bars first and revokes then: if it revoked before our write, the bar is there.
         _refuse_if_barred(self._paths)
-        self.fence = fence
+        self.fence = fence  # not before: until here, the lease is to count as lost
+
+    def _record(self, fence: int) -> Record:
+        pid = os.getpid()
+        return Record(
+            target=self._target,
+            owner=self._owner,
+            pid=pid,
+            create_time=lease_record.create_time(pid) or 0,
+            boot_id=lease_record.boot_id(),
+            fence=fence,
+            guard_pid=self._guard_pid,
+        )
 
     def release(self) -> None:
         """Give the right back, with the clocks reset and the guard released. Safe to repeat."""
@@ -173,6 +186,13 @@ class Lease:
 
     def _is_in_place(self) -> bool:
         return lease_lock.is_in_place(self._paths, self.fd)
+
+    def _refuse_if_replaced(self) -> None:
+        if not self._is_in_place():
+            raise LeaseHeldError(
+                f"{self.uuid}: its lock file {self._paths.lock} was removed under this process, "
+                "so that another may have the right; acquire it anew"
+            )
 
 
 def sweep(
@@ -214,7 +234,8 @@ def revoke(paths: Paths) -> Target | None:
     record = believed_record(paths)
     if record is None:
         return None
-    lease_record.write_record(paths, record._replace(fence=_next_fence(record.fence) | 1))
+    fence = lease_fence.revoked_after(record.fence)
+    lease_record.write_record(paths, record._replace(fence=fence))
     return record.target
 
 
@@ -275,15 +296,6 @@ def _undo_left(paths: Paths, restore: Restore) -> str | None:
     lease_record.remove_record(paths)
     left = f"what PID {record.pid} ({record.owner}) left"
     return f"reset {left}" if record.is_of_this_boot else f"{left} ended with the last boot"
-
-
-def _fence(paths: Paths) -> int:
-    record = believed_record(paths)
-    return 0 if record is None else record.fence
-
-
-def _next_fence(*fences: int) -> int:
-    return max(*fences, lease_record.boottime_ns() - 1) + 1
 
 
 def _refuse_if_barred(paths: Paths) -> None:

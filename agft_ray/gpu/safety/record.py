@@ -61,7 +61,7 @@ class Record(NamedTuple):
     """When the process began, in clock ticks since boot: tells it from a later one of its PID."""
     boot_id: str
     fence: int
-    """Grows with every change of the right. Owners' are even, a revoked right's is odd."""
+    """Grows with every change of the right: see the table in `lease`."""
     guard_pid: int | None
 
     @property

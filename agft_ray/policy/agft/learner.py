@@ -10,6 +10,7 @@ import numpy as np
 from agft_ray.policy.agft.config import AgftConfig, AgftState
 from agft_ray.policy.agft.drift import PageHinkley
 from agft_ray.policy.agft.linucb import LinUcb
+from agft_ray.policy.agft.verdict import Verdict, verdict
 from agft_ray.policy.experience import Experience
 from agft_ray.policy.statistics import FEATURES, Source, features_of, part_of, validate
 from agft_ray.types import DEFAULT_CLOCKS_KEY, Arm, Outcome
@@ -136,30 +137,39 @@ class AgftLearner:
         state = self.state
         recent = {key} if state.visits[key] <= JUDGED_VISITS else set()
         for clock in sorted(recent.union(state.suspects)):
-            if self._judge(clock, confirmed=state.visits.get(clock, 0) >= 2):
-                state.floor_mhz = clock
+            self._judge(clock, confirmed=state.visits.get(clock, 0) >= 2)
 
-    def _judge(self, clock: int, *, confirmed: bool) -> bool:
-        """Suspect or prune a clock extremely worse than the best; True if all below go with it.
-
-        It is pruned if that is confirmed and significant; if it is slow, together with all below
-        it, since further down delay grows faster than power falls. As long as a slow one is only
-        suspect, those below it wait. EDP grows hardly faster than the square of the slowdown, so
-        a clock is not slow unless the square explains the verdict.
-        """
-        state, ratio = self.state, self.config.extreme_edp_ratio
+    def _judge(self, clock: int, *, confirmed: bool, by_prior: bool = False) -> None:
+        """Compare a clock with the best and apply the verdict, unless it is ruled out by now."""
         if clock <= self._floor_mhz():
-            return False
+            return
         rival, gap, error = self._lag(clock)
-        extreme, slow = gap > math.log(ratio), clock * math.sqrt(ratio) < rival
-        certain = extreme and confirmed and gap > error
-        suspects = [other for other in state.suspects if other != clock]
-        if certain and not slow and clock not in state.pruned:
-            state.pruned = [*state.pruned, clock]
-        if extreme and slow and not certain:
-            suspects.append(clock)
-        state.suspects = suspects
-        return certain and slow
+        found = verdict(
+            gap=gap,
+            error=error,
+            clock_mhz=clock,
+            rival_mhz=rival,
+            extreme_edp_ratio=self.config.extreme_edp_ratio,
+            confirmed=confirmed,
+        )
+        self._apply(found, clock, by_prior=by_prior)
+
+    def _apply(self, found: Verdict, clock: int, *, by_prior: bool) -> None:
+        """A floor found by a prior is kept apart: the next prior replaces it."""
+        state = self.state
+        state.suspects = [other for other in state.suspects if other != clock]
+        match found:
+            case Verdict.KEEP:
+                pass
+            case Verdict.SUSPECT:
+                state.suspects.append(clock)
+            case Verdict.PRUNE:
+                if clock not in state.pruned:
+                    state.pruned = [*state.pruned, clock]
+            case Verdict.FLOOR if by_prior:
+                state.prior_floor_mhz = clock
+            case Verdict.FLOOR:
+                state.floor_mhz = clock
 
     def _lag(self, key: int) -> tuple[int, float, float]:
         """Clock of the best arm at this one's mean load, by how much (in reward), and the error.
@@ -256,8 +266,7 @@ class AgftLearner:
         if self._trusts_prior():
             state.prior_floor_mhz = 0
             for clock in sorted(prior.arms_mhz):
-                if self._judge(clock, confirmed=True):
-                    state.prior_floor_mhz = clock
+                self._judge(clock, confirmed=True, by_prior=True)
 
     def knows(self, key: int) -> bool:
         """Whether the prior is trusted and knows enough of an arm to leave it out of the sweep."""
