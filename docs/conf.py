@@ -15,6 +15,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 4
 exclude_patterns = ["images"]
 default_role = "code"
+add_module_names = False
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 html_theme = "furo"

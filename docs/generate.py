@@ -6,7 +6,8 @@ import enum
 import inspect
 import re
 from pathlib import Path
-from typing import get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -20,6 +21,15 @@ from agft_ray.settings import SloConfig, TunerConfig
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.study.policy_specs import policies
 
+WORDS: dict[Any, str] = {
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+    list: "list",
+    tuple: "list",
+    dict: "mapping",
+}
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "Tuner (`tuner`, `user_config`)": [TunerConfig, SloConfig],
@@ -67,9 +77,9 @@ def _model(model: type[BaseModel]) -> str:
         if field == "name":
             continue
         default = "required" if info.is_required() else f"default `{_default(info)}`"
-        lines.append(f"`{info.alias or field}`: {_type(info.annotation)}, {default}{_rule(info)}")
-        if info.description:
-            lines.append(f": {' '.join(info.description.split())}")
+        line = f"**`{info.alias or field}`**: {_type(info.annotation)}, {default}{_rule(info)}"
+        meaning = " ".join((info.description or "").split())
+        lines.append(f"{line}\\\n{meaning}" if meaning else line)
         lines.append("")
     return "\n".join(lines)
 
@@ -82,10 +92,24 @@ def _default(info: FieldInfo) -> object:
 
 
 def _type(annotation: object) -> str:
-    name = getattr(annotation, "__name__", None) if not get_args(annotation) else None
-    text = name or str(annotation)
-    text = re.sub(r"(\w+\.)+", "", text)
-    return f"`{text}`" if len(text) < 80 else "one of several kinds"
+    """In words: 'number, or none', or what may be written."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(parts[0])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in parts)
+    if origin in (Union, UnionType):
+        kinds = dict.fromkeys(_type(part) for part in parts if part is not type(None))
+        is_long = len(kinds) > 3 or any("several kinds" in kind for kind in kinds)
+        words = "one of several kinds, see below" if is_long else " or ".join(kinds)
+        return f"{words}, or none" if type(None) in parts else words
+    if annotation in WORDS:
+        return WORDS[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a block, `{annotation.__name__}`"
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return " or ".join(f"`{each.value}`" for each in annotation)
+    return f"{WORDS.get(origin, 'value')}"
 
 
 def _rule(info: FieldInfo) -> str:
