@@ -289,6 +289,21 @@ def test_the_idle_clock_comes_after_empty_windows_and_goes_at_the_first_work():
     assert bench.clock.now_s() - before_s <= 0.5
 
 
+@pytest.mark.parametrize("idle_windows", [1, 2, 4, 7])
+def test_the_idle_clock_is_asked_for_after_exactly_so_many_empty_windows_in_a_row(idle_windows):
+    bench = Bench(1230, idle_windows=idle_windows)
+    bench.run(6.0)
+    for _ in range(2):
+        seen = len(bench.records)
+        bench.load = False
+        bench.run(2.0 * (idle_windows + 3))
+        empty = [r for r in bench.records[seen:] if r.window is not None and r.window.is_idle]
+        reasons = [record.decision.reason for record in empty[: idle_windows + 2]]
+        assert reasons == ["scripted"] * (idle_windows - 1) + ["idle"] * 3
+        bench.load = True
+        bench.run(6.0)
+
+
 def test_throttled_windows_teach_nothing_and_two_of_them_reset():
     bench = Bench(1230, cooldown_windows=3)
     bench.run(6.0)
