@@ -211,6 +211,7 @@ def test_off_reads_nothing():
     bench.run(10.0)
     assert bench.gpu.calls == []
     assert bench.records == []
+    assert (bench.tuner.state, bench.tuner.fault) == ("off", "")
 
 
 def test_a_holdout_keeps_default_clocks_and_teaches_the_baseline():
@@ -351,6 +352,32 @@ def test_faults_without_end_end_the_tuner():
     assert bench.gpu.locked is None
     assert bench.tuner.state == "fault"
     assert len(bench.gpu.calls) <= 2 * MAX_FAULTS + 3
+
+
+@pytest.mark.parametrize(("window_s", "first_s"), [(0.5, 4.0), (2.0, 4.0), (3.0, 6.0)])
+def test_the_pause_after_a_fault_doubles_with_each_in_a_row(window_s, first_s):
+    bench = Bench(1230, window_s=window_s, settle_s=0.1)
+
+    def pauses():
+        while (wake_s := next(bench.loop, None)) is not None:
+            if (pause_s := wake_s - bench.clock.now_s()) > window_s:
+                yield pause_s
+            bench.clock.advance_to(wake_s)
+            bench.push()
+
+    def observed(times):
+        return [next(faults) for _ in range(times)]
+
+    faults = pauses()
+    bench.policy.error = RuntimeError("a bug")
+    assert observed(3) == pytest.approx([first_s, 2 * first_s, 4 * first_s])
+    bench.policy.error = None
+    seen = len(bench.records)
+    while len(bench.records) == seen:
+        bench.clock.advance_to(next(bench.loop))
+        bench.push()
+    bench.policy.error = RuntimeError("a bug")
+    assert observed(2) == pytest.approx([first_s, 2 * first_s]), "a step that went well counts"
 
 
 def test_a_refused_lock_means_observing_from_then_on_without_further_calls():
