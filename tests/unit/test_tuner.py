@@ -305,6 +305,33 @@ def test_the_idle_clock_is_asked_for_after_exactly_so_many_empty_windows_in_a_ro
         bench.run(6.0)
 
 
+def test_before_any_load_the_policy_is_not_asked():
+    bench = Bench(1230, idle_windows=100)
+    bench.load = False
+    bench.push()
+    bench.run(10.0)
+    assert [decision.reason for decision in bench.decisions[1:]] == ["no load yet"] * 3
+    assert bench.gpu.calls == [None]
+
+
+@pytest.mark.parametrize("fault", [{"energy_stuck": True}, {"reasons": EventReason.SW_THERMAL}])
+def test_after_a_window_without_evidence_the_clock_stays(fault):
+    bench = Bench(1230, 1500, 1800, stale_windows=3)
+
+    def next_decision():
+        seen = len(bench.records)
+        while len(bench.records) == seen:
+            bench.run(0.1)
+        return bench.decisions[-1]
+
+    bench.run(6.0)
+    chosen = next_decision()
+    for name, value in fault.items():
+        setattr(bench.gpu, name, value)
+    assert [next_decision(), next_decision()] == [Decision(chosen.arm, "hold")] * 2
+    assert bench.gpu.locked == chosen.arm
+
+
 def test_throttled_windows_teach_nothing_and_two_of_them_reset():
     bench = Bench(1230, cooldown_windows=3)
     bench.run(6.0)
