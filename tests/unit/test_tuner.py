@@ -171,6 +171,16 @@ def test_clocks_are_reset_before_anything_else_and_after_everything():
     assert bench.tuner.state == "stopped"
 
 
+def test_stopped_it_ends_within_a_fraction_of_a_window():
+    bench = Bench(1230, window_s=8.0)
+    bench.run(21.0)
+    assert bench.gpu.locked == 1230
+    bench.tuner.stop()
+    bench.run(1.1)
+    assert next(bench.loop, "ended") == "ended"
+    assert (bench.gpu.locked, bench.tuner.state) == (None, "stopped")
+
+
 def test_one_call_per_change_and_no_call_without_one():
     bench = Bench(1230)
     bench.run(30.0)
@@ -303,6 +313,15 @@ def test_the_idle_clock_is_asked_for_after_exactly_so_many_empty_windows_in_a_ro
         assert reasons == ["scripted"] * (idle_windows - 1) + ["idle"] * 3
         bench.load = True
         bench.run(6.0)
+
+
+def test_empty_windows_count_from_the_very_first_one():
+    bench = Bench(1230, idle_windows=3)
+    bench.load = False
+    bench.push()
+    bench.run(10.0)
+    empty = [record.decision.reason for record in bench.records if record.window is not None]
+    assert empty[:4] == ["no load yet"] * 2 + ["idle"] * 2
 
 
 def test_before_any_load_the_policy_is_not_asked():
