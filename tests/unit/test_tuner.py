@@ -315,6 +315,31 @@ def test_the_idle_clock_is_asked_for_after_exactly_so_many_empty_windows_in_a_ro
         bench.run(6.0)
 
 
+def test_work_ends_an_idle_window_long_before_its_time():
+    bench = Bench(1230, window_s=16.0, stale_after_s=60.0, idle_windows=1)
+    bench.run(40.0)
+    bench.load = False
+    while bench.gpu.locked != 210:
+        bench.run(0.1)
+    bench.run(3.0)
+    bench.load = True
+    bench.run(2.1)
+    assert bench.gpu.locked == 1230
+    assert bench.records[-1].note == "woken"
+
+
+def test_the_clock_of_an_idle_gpu_is_no_mismatch_though_it_does_not_say_that_it_idles():
+    bench = Bench(1230, idle_windows=3)
+    bench.run(6.0)
+    bench.load = False
+    while not bench.records[-1].window.is_idle:
+        bench.run(0.1)
+    bench.gpu.runs_at = lambda locked: 345
+    bench.run(30.0)
+    assert bench.gpu.calls == [None, 1230, 210]
+    assert bench.tuner.arms == bench.gpu.arms
+
+
 def test_empty_windows_count_from_the_very_first_one():
     bench = Bench(1230, idle_windows=3)
     bench.load = False

@@ -25,7 +25,7 @@ def path_of(memory):
     return memory._path
 
 
-def test_it_remembers(memory):
+def test_it_remembers(memory, caplog):
     assert memory.load(KEY) is None
     assert memory.save(LEARNED)
     assert memory.load(KEY) == LEARNED
@@ -36,6 +36,7 @@ def test_it_remembers(memory):
     memory.forget()
     assert memory.load(KEY) is None
     memory.forget()
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(PriorKey)])
