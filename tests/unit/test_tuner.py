@@ -403,6 +403,20 @@ def test_a_lasting_slo_violation_resets_for_a_while():
     assert bench.gpu.locked == 1230
 
 
+@pytest.mark.parametrize(("slo_windows", "cooldown_windows"), [(1, 1), (3, 2), (4, 5)])
+def test_the_windows_beyond_an_slo_and_those_of_the_cool_down_are_counted_exactly(
+    slo_windows, cooldown_windows
+):
+    settings = {"slo_windows": slo_windows, "cooldown_windows": cooldown_windows}
+    bench = Bench(1230, slo={"tpot_s": 0.05}, **settings)
+    bench.run(6.0)
+    seen, bench.itl_s = len(bench.records), 1.0
+    bench.run(40.0)
+    records = [r for r in bench.records[seen:] if bench.tuner.reward.violates_slo(r.window)]
+    expected = ["scripted"] * (slo_windows - 1) + ["cooldown"] * cooldown_windows + ["scripted"]
+    assert [r.decision.reason for r in records][: len(expected)] == expected
+
+
 def test_an_exception_of_the_policy_resets_and_the_loop_goes_on():
     bench = Bench(1230)
     bench.run(6.0)
