@@ -16,8 +16,10 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(MAKE) vllm || test -z "$$CI"
 ifeq ($(origin TEST_ARGS), undefined)
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(PARALLEL)
-	$(VENV)/bin/python -m pytest $(addprefix --ignore=,$(PARALLEL))
+	status=0; \
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(PARALLEL) || status=$$?; \
+	$(VENV)/bin/python -m pytest $(addprefix --ignore=,$(PARALLEL)) || status=$$?; \
+	exit $$status
 else
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
 endif

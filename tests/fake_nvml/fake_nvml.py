@@ -17,9 +17,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import os
 import shutil
+import stat
 import subprocess
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +33,7 @@ from typing import Any
 ENV = "AGFT_FAKE_NVML"
 """The environment variable that names the state file; without it there is no driver."""
 
+LIBRARY = "libnvidia-ml.so.1"
 MAX_GPUS = 8
 SM_CLOCKS_MHZ = tuple(range(210, 1981, 15))
 MEMORY_CLOCK_MHZ = 2619
@@ -47,31 +52,58 @@ _IDLE, _POWER_CAP = 0x1, 0x4
 
 
 def build(directory: str | os.PathLike[str], *, old_driver: bool = False) -> Path:
-    """Compile the library, once a `directory`; the directory to put on LD_LIBRARY_PATH.
+    """Put the library in a folder of `directory`, which is the one for LD_LIBRARY_PATH.
 
+    A copy of what was compiled once for all: each folder's library has its own count of inits.
     `old_driver` makes a variant without event reasons, power fields (185, 186) and
     nvmlDeviceGetTemperatureV. Skips the test if there is no C compiler.
     """
     library_dir = Path(directory, "nvml-old" if old_driver else "nvml").absolute()
-    library = library_dir / "libnvidia-ml.so.1"
-    if library.exists():
-        return library_dir
+    library = library_dir / LIBRARY
+    if not library.exists():
+        compiled = _compiled(old_driver)
+        library_dir.mkdir(parents=True, exist_ok=True)
+        with _replacing(library) as temporary:
+            shutil.copyfile(compiled, temporary)
+    return library_dir
+
+
+def _compiled(old_driver: bool) -> Path:
+    """The library of this source and these flags, compiled unless it is in the cache."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         import pytest
 
         pytest.skip("no C compiler to build the fake NVML with")
-    library_dir.mkdir(parents=True, exist_ok=True)
-    temporary = library_dir / f"{os.getpid()}.so"
-    variant = ["-DOLD_DRIVER"] if old_driver else []
     # -Bsymbolic: two variants in one process do not call each other's functions
-    linking = ["-shared", "-fPIC", f"-Wl,-Bsymbolic,-soname,{library.name}"]
+    linking = ["-shared", "-fPIC", f"-Wl,-Bsymbolic,-soname,{LIBRARY}"]
+    command = [compiler, "-std=gnu11", "-O1", *linking, *(["-DOLD_DRIVER"] if old_driver else [])]
     source = Path(__file__).with_suffix(".c")
-    subprocess.run(
-        [compiler, "-std=gnu11", "-O1", *linking, *variant, "-o", temporary, source], check=True
-    )
-    temporary.replace(library)
-    return library_dir
+    content = source.read_bytes() + repr(command).encode()
+    library = _cache() / f"{hashlib.sha256(content).hexdigest()[:32]}.so"
+    if not library.exists():
+        with _replacing(library) as temporary:
+            subprocess.run([*command, "-o", temporary, source], check=True)
+    return library
+
+
+def _cache() -> Path:
+    """A directory of this user's that nobody else can write to: tests load what lies there."""
+    cache = Path(tempfile.gettempdir(), f"agft-fake-nvml-{os.geteuid()}")
+    with contextlib.suppress(FileExistsError):
+        cache.mkdir(mode=0o700)
+    found = cache.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{cache} must be a directory of this user's, mode 0700: remove it")
+    return cache
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` at the end: no other process sees half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    yield temporary
+    temporary.replace(path)
 
 
 def load(library_dir: Path) -> ctypes.CDLL:
@@ -80,7 +112,7 @@ def load(library_dir: Path) -> ctypes.CDLL:
     The first one loaded, fake or real, stays the one found by that name as long as the process
     lives: use child processes, or `use_in_pynvml`, for another variant.
     """
-    return ctypes.CDLL(str(library_dir / "libnvidia-ml.so.1"))
+    return ctypes.CDLL(str(library_dir / LIBRARY))
 
 
 def use_in_pynvml(library_dir: Path | None) -> None:

@@ -30,10 +30,10 @@ def fake(directory, request):
         yield fake
 
 
-@pytest.fixture(scope="module")
-def tiny_model(directory):
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
     """A model of random weights, for real vLLM on the CPU."""
-    path = directory / "tiny-model"
+    path = tmp_path_factory.mktemp("model") / "tiny-model"
     script = TESTS.parent / "examples" / "tiny_model.py"
     subprocess.run([sys.executable, script, path], check=True)
     return path

@@ -1,4 +1,4 @@
-"""Ten simulated minutes of the Azure 2023 conversation trace through real Ray Serve."""
+"""Five simulated minutes of the Azure 2023 conversation trace through real Ray Serve."""
 
 import asyncio
 import csv
@@ -14,7 +14,7 @@ from agft_ray.workloads import generators as workloads
 from agft_ray.workloads.traces import open_trace
 
 pytestmark = pytest.mark.ray
-DURATION_S = 600.0
+DURATION_S = 300.0
 SPEED = 8
 
 
@@ -39,7 +39,7 @@ def integral_j(history_path, until_s):
 
 def test_no_request_is_lost_and_all_accounts_agree(directory, conversation_trace):
     requests = list(
-        workloads.until(workloads.thin(open_trace(conversation_trace), 0.05, 0), DURATION_S)
+        workloads.until(workloads.thin(open_trace(conversation_trace), 0.1, 0), DURATION_S)
     )
     content = simulated_config(directory, args={"speed": SPEED})
     with running_app(directory, content) as app:

@@ -14,7 +14,7 @@ from agft_ray.virtual.run import run_virtual
 from agft_ray.workloads.generators import generate_conversation
 
 pytestmark = pytest.mark.ray
-DURATION_S = 300.0
+DURATION_S = 180.0
 RATE_PER_S = 0.6
 CLOCKS_MHZ = (1230, 1545)
 SPEED = 6

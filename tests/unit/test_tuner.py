@@ -171,6 +171,16 @@ def test_clocks_are_reset_before_anything_else_and_after_everything():
     assert bench.tuner.state == "stopped"
 
 
+def test_stopped_it_ends_within_a_fraction_of_a_window():
+    bench = Bench(1230, window_s=8.0)
+    bench.run(21.0)
+    assert bench.gpu.locked == 1230
+    bench.tuner.stop()
+    bench.run(1.1)
+    assert next(bench.loop, "ended") == "ended"
+    assert (bench.gpu.locked, bench.tuner.state) == (None, "stopped")
+
+
 def test_one_call_per_change_and_no_call_without_one():
     bench = Bench(1230)
     bench.run(30.0)
@@ -211,6 +221,7 @@ def test_off_reads_nothing():
     bench.run(10.0)
     assert bench.gpu.calls == []
     assert bench.records == []
+    assert (bench.tuner.state, bench.tuner.fault) == ("off", "")
 
 
 def test_a_holdout_keeps_default_clocks_and_teaches_the_baseline():
@@ -289,6 +300,82 @@ def test_the_idle_clock_comes_after_empty_windows_and_goes_at_the_first_work():
     assert bench.clock.now_s() - before_s <= 0.5
 
 
+@pytest.mark.parametrize("idle_windows", [1, 2, 4, 7])
+def test_the_idle_clock_is_asked_for_after_exactly_so_many_empty_windows_in_a_row(idle_windows):
+    bench = Bench(1230, idle_windows=idle_windows)
+    bench.run(6.0)
+    for _ in range(2):
+        seen = len(bench.records)
+        bench.load = False
+        bench.run(2.0 * (idle_windows + 3))
+        empty = [r for r in bench.records[seen:] if r.window is not None and r.window.is_idle]
+        reasons = [record.decision.reason for record in empty[: idle_windows + 2]]
+        assert reasons == ["scripted"] * (idle_windows - 1) + ["idle"] * 3
+        bench.load = True
+        bench.run(6.0)
+
+
+def test_work_ends_an_idle_window_long_before_its_time():
+    bench = Bench(1230, window_s=16.0, stale_after_s=60.0, idle_windows=1)
+    bench.run(40.0)
+    bench.load = False
+    while bench.gpu.locked != 210:
+        bench.run(0.1)
+    bench.run(3.0)
+    bench.load = True
+    bench.run(2.1)
+    assert bench.gpu.locked == 1230
+    assert bench.records[-1].note == "woken"
+
+
+def test_the_clock_of_an_idle_gpu_is_no_mismatch_though_it_does_not_say_that_it_idles():
+    bench = Bench(1230, idle_windows=3)
+    bench.run(6.0)
+    bench.load = False
+    while not bench.records[-1].window.is_idle:
+        bench.run(0.1)
+    bench.gpu.runs_at = lambda locked: 345
+    bench.run(30.0)
+    assert bench.gpu.calls == [None, 1230, 210]
+    assert bench.tuner.arms == bench.gpu.arms
+
+
+def test_empty_windows_count_from_the_very_first_one():
+    bench = Bench(1230, idle_windows=3)
+    bench.load = False
+    bench.push()
+    bench.run(10.0)
+    empty = [record.decision.reason for record in bench.records if record.window is not None]
+    assert empty[:4] == ["no load yet"] * 2 + ["idle"] * 2
+
+
+def test_before_any_load_the_policy_is_not_asked():
+    bench = Bench(1230, idle_windows=100)
+    bench.load = False
+    bench.push()
+    bench.run(10.0)
+    assert [decision.reason for decision in bench.decisions[1:]] == ["no load yet"] * 3
+    assert bench.gpu.calls == [None]
+
+
+@pytest.mark.parametrize("fault", [{"energy_stuck": True}, {"reasons": EventReason.SW_THERMAL}])
+def test_after_a_window_without_evidence_the_clock_stays(fault):
+    bench = Bench(1230, 1500, 1800, stale_windows=3)
+
+    def next_decision():
+        seen = len(bench.records)
+        while len(bench.records) == seen:
+            bench.run(0.1)
+        return bench.decisions[-1]
+
+    bench.run(6.0)
+    chosen = next_decision()
+    for name, value in fault.items():
+        setattr(bench.gpu, name, value)
+    assert [next_decision(), next_decision()] == [Decision(chosen.arm, "hold")] * 2
+    assert bench.gpu.locked == chosen.arm
+
+
 def test_throttled_windows_teach_nothing_and_two_of_them_reset():
     bench = Bench(1230, cooldown_windows=3)
     bench.run(6.0)
@@ -316,6 +403,20 @@ def test_a_lasting_slo_violation_resets_for_a_while():
     assert bench.gpu.locked == 1230
 
 
+@pytest.mark.parametrize(("slo_windows", "cooldown_windows"), [(1, 1), (3, 2), (4, 5)])
+def test_the_windows_beyond_an_slo_and_those_of_the_cool_down_are_counted_exactly(
+    slo_windows, cooldown_windows
+):
+    settings = {"slo_windows": slo_windows, "cooldown_windows": cooldown_windows}
+    bench = Bench(1230, slo={"tpot_s": 0.05}, **settings)
+    bench.run(6.0)
+    seen, bench.itl_s = len(bench.records), 1.0
+    bench.run(40.0)
+    records = [r for r in bench.records[seen:] if bench.tuner.reward.violates_slo(r.window)]
+    expected = ["scripted"] * (slo_windows - 1) + ["cooldown"] * cooldown_windows + ["scripted"]
+    assert [r.decision.reason for r in records][: len(expected)] == expected
+
+
 def test_an_exception_of_the_policy_resets_and_the_loop_goes_on():
     bench = Bench(1230)
     bench.run(6.0)
@@ -336,6 +437,32 @@ def test_faults_without_end_end_the_tuner():
     assert bench.gpu.locked is None
     assert bench.tuner.state == "fault"
     assert len(bench.gpu.calls) <= 2 * MAX_FAULTS + 3
+
+
+@pytest.mark.parametrize(("window_s", "first_s"), [(0.5, 4.0), (2.0, 4.0), (3.0, 6.0)])
+def test_the_pause_after_a_fault_doubles_with_each_in_a_row(window_s, first_s):
+    bench = Bench(1230, window_s=window_s, settle_s=0.1)
+
+    def pauses():
+        while (wake_s := next(bench.loop, None)) is not None:
+            if (pause_s := wake_s - bench.clock.now_s()) > window_s:
+                yield pause_s
+            bench.clock.advance_to(wake_s)
+            bench.push()
+
+    def observed(times):
+        return [next(faults) for _ in range(times)]
+
+    faults = pauses()
+    bench.policy.error = RuntimeError("a bug")
+    assert observed(3) == pytest.approx([first_s, 2 * first_s, 4 * first_s])
+    bench.policy.error = None
+    seen = len(bench.records)
+    while len(bench.records) == seen:
+        bench.clock.advance_to(next(bench.loop))
+        bench.push()
+    bench.policy.error = RuntimeError("a bug")
+    assert observed(2) == pytest.approx([first_s, 2 * first_s]), "a step that went well counts"
 
 
 def test_a_refused_lock_means_observing_from_then_on_without_further_calls():

@@ -1,7 +1,10 @@
 """What was learned, kept in a file and read with suspicion."""
 
 import dataclasses
+import hashlib
+import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -22,7 +25,7 @@ def path_of(memory):
     return memory._path
 
 
-def test_it_remembers(memory):
+def test_it_remembers(memory, caplog):
     assert memory.load(KEY) is None
     assert memory.save(LEARNED)
     assert memory.load(KEY) == LEARNED
@@ -33,6 +36,7 @@ def test_it_remembers(memory):
     memory.forget()
     assert memory.load(KEY) is None
     memory.forget()
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(PriorKey)])
@@ -87,6 +91,53 @@ def test_too_much_is_neither_written_nor_read(memory, monkeypatch):
     monkeypatch.setattr(module, "MAX_BYTES", 50)
     assert memory.load(KEY) is None
     assert not memory.save(LEARNED)
+
+
+def test_as_much_as_allowed_is_kept_and_a_byte_more_is_not(memory, monkeypatch):
+    memory.save(LEARNED)
+    size = len(path_of(memory).read_bytes().partition(b"\n")[2])
+    monkeypatch.setattr(module, "MAX_BYTES", size)
+    assert memory.save(LEARNED)
+    assert memory.load(KEY) == LEARNED
+    monkeypatch.setattr(module, "MAX_BYTES", size - 1)
+    assert not memory.save(LEARNED)
+
+
+@pytest.mark.parametrize(("version", "is_read"), [(1, True), (0, False), (2, False)])
+def test_a_file_is_read_in_the_format_of_today_alone(memory, version, is_read):
+    memory.save(LEARNED)
+    values = {
+        "format": version,
+        "replica": "app#llm#r1",
+        "key": dataclasses.asdict(KEY),
+        "windows": LEARNED.windows,
+        "policy": LEARNED.policy,
+    }
+    body = json.dumps(values)
+    path_of(memory).write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
+    assert memory.load(KEY) == (LEARNED if is_read else None)
+
+
+def test_a_file_of_another_user_is_not_taken_up(memory, monkeypatch):
+    memory.save(LEARNED)
+    other = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    assert memory.load(KEY) is None
+
+
+def test_while_one_save_is_under_way_another_is_not_begun(memory, monkeypatch):
+    begun, newer = [], dataclasses.replace(LEARNED, windows=1)
+
+    def slow(descriptor):
+        monkeypatch.undo()
+        begun.append(pool.submit(memory.save, newer).result(timeout=10))
+
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(module.os, "fsync", slow)
+        assert memory.save(LEARNED)
+    assert begun == [False]
+    assert memory.load(KEY) == LEARNED
+    assert memory.save(LEARNED), "the next one is"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])

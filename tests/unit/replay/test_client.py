@@ -21,7 +21,6 @@ from agft_ray.replay.summary import summarise
 from agft_ray.workloads.requests import Request
 
 DELAY_S = 0.05
-SLACK_S = 0.3
 
 
 def requests(*arrivals_s, prompt_tokens=5, output_tokens=4):
@@ -134,10 +133,10 @@ def test_latencies_and_tokens_without_extras_of_ours():
     (row,) = result.rows
     assert (row.status, row.prompt_tokens, row.output_tokens, row.retries) == ("ok", 5, 3, 0)
     # the first chunk has no text; text after 2 and 3 delays, the end after 4
-    assert 2 * DELAY_S <= row.ttft_s <= 2 * DELAY_S + SLACK_S
-    assert 4 * DELAY_S <= row.e2e_s <= 4 * DELAY_S + SLACK_S
-    assert 0.5 * DELAY_S / 2 <= row.tpot_s <= (DELAY_S + SLACK_S) / 2
-    assert 0 <= row.dispatch_lateness_wall_s <= SLACK_S
+    assert 2 * DELAY_S <= row.ttft_s < row.e2e_s
+    assert row.e2e_s >= 4 * DELAY_S
+    assert 0 < row.tpot_s < (row.e2e_s - row.ttft_s) / 2
+    assert 0 <= row.dispatch_lateness_wall_s <= result.wall_s - row.e2e_s
     assert (row.replica, row.role, row.engine_ttft_s, row.engine_e2e_s) == (None,) * 4
     assert result.timeline == ()
     assert (result.speed, result.started_s, result.interrupted) == (1.0, 0.0, False)
@@ -180,17 +179,17 @@ def test_no_tpot_without_a_second_token(tokens):
 
 def test_speed_of_the_server_sets_the_pace():
     async def status(http):
-        return web.json_response(status_body(now_s=100.0, speed=20.0))
+        return web.json_response(status_body(now_s=100.0, speed=200.0))
 
     async def completions(http):
         return await stream(http, [chunk("a"), closing(await http.json())], delay_s=DELAY_S)
 
-    result = played(requests(0, 2.0), completions, status=status, model="m", poll_s=0.02)
-    assert result.speed == 20.0
+    result = played(requests(0, 20.0), completions, status=status, model="m", poll_s=0.02)
+    assert result.speed == 200.0
     assert result.started_s == 100.0
-    assert result.ended_s == 100.0 + 20.0 * result.wall_s
-    assert 0.1 + 2 * DELAY_S <= result.wall_s <= 0.1 + 2 * DELAY_S + 2 * SLACK_S
-    assert all(row.e2e_s >= 20.0 * 2 * DELAY_S for row in result.rows)
+    assert result.ended_s == 100.0 + 200.0 * result.wall_s
+    assert 0.1 + 2 * DELAY_S <= result.wall_s < 20.0, "the second is due after 20 s / 200"
+    assert all(row.e2e_s >= 200.0 * 2 * DELAY_S for row in result.rows)
 
 
 def test_a_given_speed_and_model_win():
@@ -231,21 +230,27 @@ def test_hundreds_at_once_and_none_waits_for_another():
         await everybody.wait()
         return await answer(http)
 
-    result = played(requests(*[0.0] * count), completions, model="m", timeout_s=8.0)
+    result = played(requests(*[0.0] * count), completions, model="m", timeout_s=60.0)
     assert [row.status for row in result.rows] == ["ok"] * count
 
 
 def test_sent_when_due_though_the_first_is_slow():
-    async def completions(http):
-        body = await http.json()
-        return await stream(http, [chunk("a"), closing(body)], delay_s=0.01 * body["max_tokens"])
+    fast_is_answered = asyncio.Event()
 
-    slow, fast = Request("slow", 0.0, 1, 20), Request("fast", 0.1, 1, 1)
-    result = played([slow, fast], completions, model="m")
+    async def completions(http):
+        if (await http.json())["max_tokens"] == 2:
+            await fast_is_answered.wait()
+            return await answer(http)
+        response = await answer(http)
+        fast_is_answered.set()
+        return response
+
+    slow, fast = Request("slow", 0.0, 1, 2), Request("fast", 0.1, 1, 1)
+    result = played([slow, fast], completions, model="m", timeout_s=20.0)
     rows = {row.request_id: row for row in result.rows}
-    assert rows["slow"].e2e_s >= 0.4
-    assert rows["fast"].dispatch_lateness_wall_s < 0.2
-    assert rows["fast"].e2e_s < 0.3
+    assert [row.status for row in result.rows] == ["ok", "ok"]
+    assert rows["slow"].e2e_s >= 0.1 - rows["slow"].dispatch_lateness_wall_s, "fast before its due"
+    assert rows["fast"].dispatch_lateness_wall_s >= 0
 
 
 def test_an_endless_workload_is_read_lazily_and_ends_with_the_duration():
@@ -275,9 +280,9 @@ def test_rows_are_in_order_of_arrival():
 # -- failures --------------------------------------------------------------------------------------
 
 
-def failing(http_answer):
+def failing(http_answer, timeout_s=20.0):
     """The only row of a replay whose server answers so."""
-    (row,) = played(requests(0), http_answer, model="m", timeout_s=0.2).rows
+    (row,) = played(requests(0), http_answer, model="m", timeout_s=timeout_s).rows
     assert row.is_failed
     return row
 
@@ -330,7 +335,7 @@ def test_timeout():
     async def completions(http):
         await asyncio.sleep(30)
 
-    assert failing(completions).status == "timeout after 0.2 s"
+    assert failing(completions, timeout_s=0.2).status == "timeout after 0.2 s"
 
 
 def test_a_dead_server_is_a_row_each_if_nothing_had_to_be_asked():
@@ -421,33 +426,48 @@ def test_no_model_to_be_found():
 # -- the time line ---------------------------------------------------------------------------------
 
 
-def test_polls_until_the_server_is_at_rest():
-    polls = 0
+class Draining:
+    """A server whose requests end at once, and which is at rest only after so many polls more.
 
-    async def status(http):
-        nonlocal polls
-        polls += 1
-        tokens = min(polls, 8)
-        return web.json_response(
-            status_body(generation_tokens=tokens, running=int(polls < 6), t_s=float(polls))
+    The poll under way when the replay begins to settle is lost, so polls count from the answer on.
+    """
+
+    def __init__(self, polls_to_rest, failing_poll=None):
+        self.polls_to_rest, self.failing_poll = polls_to_rest, failing_poll
+        self.is_answered, self.polls = False, 0
+
+    async def completions(self, http):
+        response = await answer(http)
+        self.is_answered = True
+        return response
+
+    async def status(self, http):
+        self.polls += self.is_answered
+        tokens = min(self.polls, self.polls_to_rest + 2)
+        running = int(self.polls < self.polls_to_rest)
+        body = status_body(generation_tokens=tokens, running=running, t_s=float(self.polls))
+        failed = self.is_answered and self.polls == self.failing_poll
+        return web.json_response(body, status=500 if failed else 200)
+
+    def played(self):
+        return played(
+            requests(0), self.completions, status=self.status, model="m", poll_s=0.01, timeout_s=20
         )
 
-    result = played(requests(0), status=status, model="m", poll_s=0.01)
+
+def test_polls_until_the_server_is_at_rest():
+    result = Draining(polls_to_rest=10).played()
     assert result.settled
-    assert [s.replicas[0].t_s for s in result.timeline] == [float(n) for n in range(1, 10)]
-    assert result.timeline[-1].generation_tokens == {"a": 8}
+    assert result.missed_polls == 0
+    times_s = [s.replicas[0].t_s for s in result.timeline]
+    assert times_s[-9:] == [float(n) for n in range(5, 14)], "at rest at 10, two agree at 13"
+    assert result.timeline[-1].generation_tokens == {"a": 12}
 
 
 def test_failed_polls_are_counted_and_the_replay_goes_on():
-    polls = 0
-
-    async def status(http):
-        nonlocal polls
-        polls += 1
-        return web.json_response(status_body(), status=500 if polls == 2 else 200)
-
-    result = played(requests(0), status=status, model="m", poll_s=0.01)
+    result = Draining(polls_to_rest=10, failing_poll=8).played()
     assert result.missed_polls == 1
+    assert 8.0 not in [s.replicas[0].t_s for s in result.timeline]
     assert result.rows[0].status == "ok"
     assert result.settled
 
@@ -464,30 +484,36 @@ def test_progress():
     seen = []
 
     async def completions(http):
-        return await stream(http, [chunk("a"), closing(await http.json())], delay_s=DELAY_S)
+        while not (seen and seen[-1].sent):
+            await asyncio.sleep(0.01)
+        return await answer(http)
 
     played(requests(0), completions, model="m", poll_s=0.02, on_progress=seen.append)
-    assert (seen[0].sent, seen[0].done) == (1, 0)
+    assert (1, 0) in [(p.sent, p.done) for p in seen]
     assert (seen[-1].sent, seen[-1].done, seen[-1].failed, seen[-1].status) == (1, 1, 0, None)
     assert [p.elapsed_s for p in seen] == sorted(p.elapsed_s for p in seen)
 
 
 def test_ctrl_c_returns_what_there_is():
+    seen = []
+
     async def completions(http):
         if (await http.json())["max_tokens"] > 1:
-            asyncio.get_running_loop().call_later(0.02, os.kill, os.getpid(), signal.SIGINT)
+            while not (seen and seen[-1].done):
+                await asyncio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
             await asyncio.sleep(30)
         return await answer(http)
 
     workload = [Request("a", 0.0, 1, 1), Request("b", 0.1, 1, 2), Request("c", 99.0, 1, 1)]
-    result = played(workload, completions, model="m")
+    result = played(workload, completions, model="m", poll_s=0.01, on_progress=seen.append)
     assert result.interrupted
     assert [(row.request_id, row.status) for row in result.rows] == [
         ("a", "ok"),
         ("b", "interrupted"),
     ]
     assert not result.rows[1].is_failed
-    assert result.wall_s < 5
+    assert result.wall_s < 30
 
 
 def test_a_workload_that_breaks_off_raises_its_own_error():

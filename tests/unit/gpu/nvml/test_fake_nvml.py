@@ -65,6 +65,50 @@ def sm_clock_mhz(handle):
 # --- who can use it -------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def compilations(tmp_path, monkeypatch):
+    """Every compilation from now on, with no library in the cache yet."""
+    compile_it, commands = subprocess.run, []
+
+    def run(command, **options):
+        commands.append(command)
+        return compile_it(command, **options)
+
+    monkeypatch.setattr(fake_nvml.subprocess, "run", run)
+    monkeypatch.setattr(fake_nvml.tempfile, "tempdir", str(tmp_path))
+    return commands
+
+
+def test_it_is_compiled_once_a_variant_wherever_it_is_built(tmp_path, compilations):
+    for name in ("a", "b", "a"):
+        new, old = build(tmp_path / name), build(tmp_path / name, old_driver=True)
+        assert (new / "libnvidia-ml.so.1").read_bytes() != (old / "libnvidia-ml.so.1").read_bytes()
+    assert len(compilations) == 2
+    (cache,) = tmp_path.glob("agft-fake-nvml-*")
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert len(list(cache.iterdir())) == 2
+    load(tmp_path / "b" / "nvml").nvmlInit_v2()
+    assert load(tmp_path / "a" / "nvml").nvmlShutdown() == pynvml.NVML_ERROR_UNINITIALIZED
+
+
+def test_another_source_is_another_library(tmp_path, compilations, monkeypatch):
+    build(tmp_path / "a")
+    source = tmp_path / "changed.c"
+    source.write_bytes(Path(fake_nvml.__file__).with_suffix(".c").read_bytes() + b"\n")
+    monkeypatch.setattr(fake_nvml, "__file__", str(source.with_suffix(".py")))
+    build(tmp_path / "b")
+    assert len(compilations) == 2
+
+
+def test_a_cache_that_others_can_write_to_is_not_used(tmp_path, compilations):
+    cache = tmp_path / f"agft-fake-nvml-{os.geteuid()}"
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(PermissionError, match="0700: remove it"):
+        build(tmp_path / "a")
+    assert compilations == []
+
+
 def test_python_and_c_agree_on_the_structure(library_dir):
     size = ctypes.c_size_t.in_dll(load(library_dir), "fake_nvml_gpu_size").value
     assert size == ctypes.sizeof(fake_nvml._Gpu)
