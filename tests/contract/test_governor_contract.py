@@ -81,6 +81,14 @@ def check_settings_determine_everything(make):
     assert go_on_alike(trained(make), trained(make)), "settings determine everything"
 
 
+def check_a_list_of_clocks_is_as_good_as_a_tuple(make):
+    choices = [
+        played(make(), STEPS, np.random.default_rng(7), lists=(kind(ARMS),))
+        for kind in (tuple, list)
+    ]
+    assert choices[0] == choices[1], "clocks may come as a list or as a tuple"
+
+
 def check_idle_is_the_lowest_clock(make):
     fresh, governor = make(), trained(make)
     for arms in (ARMS, ARMS[20:], ARMS[-1:]):
@@ -115,6 +123,7 @@ def check_memory_is_bounded(make):
 CHECKS = [
     check_choices_are_among_the_clocks_given,
     check_settings_determine_everything,
+    check_a_list_of_clocks_is_as_good_as_a_tuple,
     check_idle_is_the_lowest_clock,
     check_impossible_observations_change_nothing,
     check_memory_is_bounded,

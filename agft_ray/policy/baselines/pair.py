@@ -35,7 +35,7 @@ class PairGovernor:
         self._pair: tuple[Arm, Arm] = (None, None)
 
     def choose(self, step: StepSample, arms: Sequence[int]) -> Arm:
-        if arms != self._arms:
+        if tuple(arms) != self._arms:
             self._arms, self._pair = tuple(arms), self._snapped(arms)
         return self._pair[0] if step.has_prefill else self._pair[1]
 

@@ -84,7 +84,7 @@ class VoltaGovernor:
         """How often the choice changed while the engine worked."""
 
     def choose(self, step: StepSample, arms: Sequence[int]) -> Arm:
-        if arms != self._arms:
+        if tuple(arms) != self._arms:
             self._arms, self._levels = tuple(arms), self._listed(arms)
             self._clock = None
         if not self._levels:
