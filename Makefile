@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.installed
 # Tests that start no Ray run side by side; the others, one after the other.
-PARALLEL := tests/unit tests/contract
+PARALLEL := tests/unit tests/contract tests/docs
 VLLM_STAMP := $(VENV)/.installed-vllm
 
 .PHONY: demo test lint bench vllm docs clean
