@@ -32,6 +32,7 @@ class WallClock:
     origin_s: float = 0.0
 
     def now_s(self) -> float:
+        """Seconds of the monotonic clock."""
         return (time.monotonic() - self.origin_s) * self.speed
 
 
@@ -43,6 +44,7 @@ class ManualClock:
     speed: float = 1.0
 
     def now_s(self) -> float:
+        """The time last set."""
         return self.t_s
 
     def advance_to(self, t_s: float) -> None:

@@ -79,18 +79,23 @@ class Hold:
 
     @staticmethod
     def after(arm: Arm) -> Hold:
+        """What is held once a clock was set, or reset."""
         return AT_DEFAULT if arm is None else Hold(arm, ours=True)
 
     def attempted(self) -> Hold:
+        """A call that may lock is under way: whatever becomes of it, a reset is owed."""
         return replace(self, ours=True)
 
     def doubted(self) -> Hold:
+        """The lock may not be in force: it is to be set again."""
         return replace(self, due=True)
 
     def given_up(self) -> Hold:
+        """Withdrawn: still ours where its reset has failed."""
         return replace(self, locked=None, due=True)
 
     def seen_at(self, arm: Arm) -> Hold:
+        """The same, with another clock in force."""
         return replace(self, locked=arm)
 
 
@@ -116,6 +121,7 @@ class ClockControl:
 
     @property
     def state(self) -> Obstacle:
+        """Why clocks are not ours to set, or none."""
         return self._standing.obstacle
 
     @property
@@ -125,10 +131,12 @@ class ClockControl:
 
     @property
     def is_withdrawn(self) -> bool:
+        """Nothing is set any more until new settings come."""
         return self._standing.is_withdrawn
 
     @property
     def locked(self) -> Arm:
+        """What is locked, None at default clocks."""
         return self._hold.locked
 
     @locked.setter

@@ -134,6 +134,7 @@ class Tuner:
 
     @property
     def mode(self) -> Mode:
+        """That of the settings in force."""
         return Mode(self.config.mode)
 
     @property
@@ -146,6 +147,7 @@ class Tuner:
 
     @property
     def clock_changes(self) -> int:
+        """How often what is locked has changed."""
         return self.control.changes
 
     @property

@@ -193,6 +193,7 @@ class Window:
 
     @property
     def duration_s(self) -> float:
+        """From its start to its end."""
         return self.end_s - self.start_s
 
     @property

@@ -24,9 +24,11 @@ class ExperienceAggregator:
         self._store = ExperienceStore(clock=WallClock(), expiry_s=EXPIRY_S)
 
     async def report(self, report: ReplicaReport) -> FleetReply:
+        """See `ExperienceStore.report`."""
         return self._store.report(report)
 
     async def statuses(self, deployment: str | None = None) -> list[dict[str, Any]]:
+        """See `ExperienceStore.statuses`."""
         return self._store.statuses(deployment)
 
 

@@ -123,6 +123,7 @@ class FrequencyTuner:
             await asyncio.to_thread(self._memory.forget)
 
     async def status(self) -> dict[str, Any]:
+        """Figures for people; see `telemetry` and docs/vllm.md."""
         return await self._status()
 
     # -- what it tells and asks, again and again ----------------------------------------------

@@ -33,19 +33,24 @@ class GpuActuator:
         return self._gpu.uuid, self._gpu.model, self._gpu.actuator, self._gpu.arms
 
     def read(self) -> GpuSample:
+        """One reading; see `Gpu.read`."""
         self._gpu.beat()
         return self._gpu.read()
 
     def claim(self) -> None:
+        """Take the right to set clocks; see `Gpu.claim`."""
         self._gpu.claim()
 
     def lock(self, arm: int) -> None:
+        """Set a clock or limit; see `Gpu.lock`."""
         self._gpu.lock(arm)
 
     def reset(self) -> None:
+        """Back to default clocks; see `Gpu.reset`."""
         self._gpu.reset()
 
     def release(self) -> None:
+        """Give the right to set clocks back; see `Gpu.release`."""
         self._gpu.release()
 
 
@@ -66,15 +71,19 @@ class RemoteGpu:
         self._offset_s = 0.0
 
     def claim(self) -> None:
+        """Take the right to set clocks; see `Gpu.claim`."""
         self._call("claim")
 
     def lock(self, arm: int) -> None:
+        """Set a clock or limit; see `Gpu.lock`."""
         self._call("lock", arm)
 
     def reset(self) -> None:
+        """Back to default clocks; see `Gpu.reset`."""
         self._call("reset")
 
     def release(self) -> None:
+        """Give the right to set clocks back; see `Gpu.release`."""
         self._call("release")
 
     def read(self) -> GpuSample:

@@ -7,4 +7,5 @@ AGGREGATOR = "experience_aggregator"
 
 
 def scraper_name(node_id: str) -> str:
+    """The name of a node's metrics scraper."""
     return f"metrics_scraper-{node_id}"

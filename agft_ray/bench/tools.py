@@ -27,6 +27,7 @@ class CpuUsage:
     elapsed_s: float = 0.0
 
     def add(self, before: dict[int, tuple[str, float]], after: Any, elapsed_s: float) -> None:
+        """Count what each process used between two readings of `cpu_seconds`."""
         self.elapsed_s += elapsed_s
         for pid, (name, seconds) in after.items():
             used = seconds - before.get(pid, (name, 0.0))[1]  # one that is new has used it all

@@ -74,6 +74,7 @@ class Block:
 
     @property
     def tokens_per_s(self) -> float:
+        """Tokens of the block by its duration."""
         return self.tokens / self.elapsed_s
 
     def ttft_s(self, share: float) -> float:

@@ -22,7 +22,9 @@ class Gpu(Protocol):
         ...
 
     @property
-    def model(self) -> str: ...
+    def model(self) -> str:
+        """The product's name."""
+        ...
 
     @property
     def actuator(self) -> Actuator:

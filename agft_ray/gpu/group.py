@@ -35,21 +35,26 @@ class GpuGroup:
 
     @property
     def uuid(self) -> str:
+        """The GPU's UUID."""
         return ",".join(gpu.uuid for gpu in self._members)
 
     @property
     def model(self) -> str:
+        """The product's name."""
         return self._members[0].model
 
     @property
     def actuator(self) -> Actuator:
+        """What is set: SM clocks, or the power limit."""
         return self._members[0].actuator
 
     @property
     def arms(self) -> tuple[int, ...]:
+        """What may be set, ascending."""
         return self._arms
 
     def claim(self) -> None:
+        """Take the right to set clocks; see `Gpu.claim`."""
         lost: list[LeaseLostError] = []
         try:
             for gpu in self._members:
@@ -63,9 +68,11 @@ class GpuGroup:
         _raise_first(lost)
 
     def release(self) -> None:
+        """Give the right to set clocks back; see `Gpu.release`."""
         _raise_first(_all(self._members, lambda gpu: gpu.release()))
 
     def lock(self, arm: int) -> None:
+        """Set a clock or limit; see `Gpu.lock`."""
         try:
             for gpu in self._members:
                 gpu.lock(arm)
@@ -74,9 +81,11 @@ class GpuGroup:
             raise
 
     def reset(self) -> None:
+        """Back to default clocks; see `Gpu.reset`."""
         _raise_first(_all(self._members, lambda gpu: gpu.reset()))
 
     def read(self) -> GpuSample:
+        """One reading; see `Gpu.read`."""
         return combine([gpu.read() for gpu in self._members])
 
 

@@ -19,10 +19,14 @@ class Device(Protocol):
         ...
 
     @property
-    def uuid(self) -> str | None: ...
+    def uuid(self) -> str | None:
+        """The NVML UUID, None where the driver does not tell."""
+        ...
 
     @property
-    def model(self) -> str | None: ...
+    def model(self) -> str | None:
+        """The product's name, None where the driver does not tell."""
+        ...
 
     @property
     def mig_uuids(self) -> tuple[str, ...]:

@@ -50,18 +50,22 @@ class LeasedGpu:
 
     @property
     def uuid(self) -> str:
+        """The GPU's UUID."""
         return self._gpu.uuid
 
     @property
     def model(self) -> str:
+        """The product's name."""
         return self._gpu.model
 
     @property
     def actuator(self) -> Actuator:
+        """What is set: SM clocks, or the power limit."""
         return self._gpu.actuator
 
     @property
     def arms(self) -> tuple[int, ...]:
+        """What may be set, ascending."""
         return self._gpu.arms
 
     @property
@@ -70,6 +74,7 @@ class LeasedGpu:
         return None if self._guard is None else self._guard.pid
 
     def read(self) -> GpuSample:
+        """One reading; see `Gpu.read`."""
         return self._gpu.read()
 
     def claim(self) -> None:
@@ -82,6 +87,7 @@ class LeasedGpu:
             self._guard = Guard.start(self._leases)
 
     def lock(self, arm: int) -> None:
+        """Set a clock or limit; see `Gpu.lock`."""
         self._check()
         self._is_due = True
         self._gpu.lock(arm)

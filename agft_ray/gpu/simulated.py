@@ -33,10 +33,12 @@ class SimulatedGpu(_SmClocks):
 
     @property
     def uuid(self) -> str:
+        """The GPU's UUID."""
         return self._shared.uuid
 
     @property
     def model(self) -> str:
+        """The product's name."""
         return self._shared.profile.product
 
     @property
@@ -46,6 +48,7 @@ class SimulatedGpu(_SmClocks):
 
     @property
     def arms(self) -> tuple[int, ...]:
+        """What may be set, ascending."""
         return self._shared.profile.supported_sm_clocks_mhz
 
     def target(self) -> dict[str, object]:
@@ -62,14 +65,17 @@ class SimulatedGpu(_SmClocks):
         }
 
     def read(self) -> GpuSample:
+        """One reading; see `Gpu.read`."""
         with self._shared.transaction() as (device, now_s):
             return device.read(now_s)
 
     def lock(self, arm: int) -> None:
+        """Set a clock or limit; see `Gpu.lock`."""
         with self._shared.transaction() as (device, now_s):
             device.lock(now_s, arm)
 
     def reset(self) -> None:
+        """Back to default clocks; see `Gpu.reset`."""
         with self._shared.transaction() as (device, now_s):
             device.reset(now_s)
 
@@ -84,21 +90,27 @@ class InMemoryGpu(_SmClocks):
 
     @property
     def uuid(self) -> str:
+        """The GPU's UUID."""
         return self._uuid
 
     @property
     def model(self) -> str:
+        """The product's name."""
         return self._device.profile.product
 
     @property
     def arms(self) -> tuple[int, ...]:
+        """What may be set, ascending."""
         return self._device.profile.supported_sm_clocks_mhz
 
     def read(self) -> GpuSample:
+        """One reading; see `Gpu.read`."""
         return self._device.read(self._clock.now_s())
 
     def lock(self, arm: int) -> None:
+        """Set a clock or limit; see `Gpu.lock`."""
         self._device.lock(self._clock.now_s(), arm)
 
     def reset(self) -> None:
+        """Back to default clocks; see `Gpu.reset`."""
         self._device.reset(self._clock.now_s())

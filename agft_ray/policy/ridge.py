@@ -52,6 +52,7 @@ class Ridge:
         self._theta = None
 
     def state(self) -> RidgeState:
+        """All that it has learned."""
         return RidgeState(
             gram=self._gram.tolist(), response=self._response.tolist(), samples=self.samples
         )

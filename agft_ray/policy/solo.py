@@ -45,12 +45,14 @@ class SoloPolicy(ABC, Generic[StateT]):
         """Learn from one window that emitted tokens."""
 
     def experience(self) -> Experience | None:
+        """See `Policy.experience`."""
         return None
 
     def merge(self, prior: Prior) -> None:
         """Nothing of others is of use here."""
 
     def snapshot(self) -> dict[str, Any]:
+        """The whole state; see `Policy.snapshot`."""
         return {
             "schema": SNAPSHOT_SCHEMA,
             "settings": self._settings,
@@ -58,6 +60,7 @@ class SoloPolicy(ABC, Generic[StateT]):
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Continue from a snapshot; see `Policy.restore`."""
         for name, value in (("schema", SNAPSHOT_SCHEMA), ("settings", self._settings)):
             if snapshot.get(name) != value:
                 raise ValueError(

@@ -20,17 +20,21 @@ class StaticPolicy:
         self._settings = settings.model_dump()
 
     def update(self, outcome: Outcome) -> None:
+        """Learn from a window; see `Policy.update`."""
         is_evidence(outcome)
 
     def experience(self) -> Experience | None:
+        """See `Policy.experience`."""
         return None
 
     def merge(self, prior: Prior) -> None:
         """Nothing is learned, so there is nothing to take."""
 
     def snapshot(self) -> dict[str, Any]:
+        """The whole state; see `Policy.snapshot`."""
         return {"schema": SNAPSHOT_SCHEMA, "settings": self._settings}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Continue from a snapshot; see `Policy.restore`."""
         if dict(snapshot) != self.snapshot():
             raise ValueError(f"snapshot {dict(snapshot)} is not one of {self.snapshot()}")

@@ -46,7 +46,9 @@ class StepGovernor(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Under which it is told of."""
+        ...
 
     def choose(self, step: StepSample, arms: Sequence[int]) -> Arm:
         """The clock for this step; called before each one. May remember what it was handed."""

@@ -44,6 +44,7 @@ class Section:
 
     @property
     def title(self) -> str:
+        """What was simulated, in a line."""
         first = self.records[0]
         parts = [f"{first.model} on {first.replicas} × {first.gpu}", str(first.trace)]
         if first.keep not in (None, 1.0):
@@ -54,6 +55,7 @@ class Section:
 
     @property
     def seeds(self) -> list[int]:
+        """All of its runs, ascending."""
         return sorted({r.seed for r in self.records if r.seed is not None})
 
     @property

@@ -21,6 +21,7 @@ class Progression:
     step: float
 
     def at(self, index: int) -> float:
+        """The element at this place, from 0."""
         return self.first + self.step * index
 
     def total(self, count: int) -> float:

@@ -89,6 +89,7 @@ class BoundsWatch(Watch):
         self._tracks = [_Track(bound) for bound in (bounds.ttft, bounds.tpot, bounds.e2e)]
 
     def on_request(self, timings: RequestTimings) -> None:
+        """Count a finished request."""
         latencies_s = (timings.ttft_s, timings.tpot_s, timings.e2e_s)
         for track, latency_s in zip(self._tracks, latencies_s, strict=True):
             if latency_s is not None:
@@ -120,6 +121,7 @@ class DrownedWatch(Watch):
     limit_s: float
 
     def on_time(self, t_s: float) -> None:
+        """Look at the queue at this time."""
         if t_s > self.limit_s:
             raise AbandonedError
 

@@ -59,6 +59,7 @@ class Spill:
         return found
 
     def close(self) -> None:
+        """Remove the file."""
         self._file.close()
 
     def _flush(self) -> None:
@@ -146,6 +147,7 @@ class RunRows:
         return ttft_s, tpot_s, Distribution.of_array(self.e2e_s.values())
 
     def close(self) -> None:
+        """Close its files."""
         for spill in (self.ttft_s, self.tpot_s, self.e2e_s, *self._windows):
             spill.close()
 

@@ -79,6 +79,7 @@ class EngineStats:
         self.prefix_cache_hits += cached_tokens
 
     def on_first_token(self, *, ttft_s: float) -> None:
+        """A request got its first token."""
         self.generation_tokens += 1
         self.ttft_sum_s += ttft_s
         self.ttft_count += 1
@@ -90,10 +91,12 @@ class EngineStats:
         self.itl_count += 1
 
     def on_finish(self, *, e2e_s: float) -> None:
+        """A request is finished."""
         self.e2e_sum_s += e2e_s
         self.e2e_count += 1
 
     def on_preemption(self) -> None:
+        """A sequence lost its KV blocks to others."""
         self.preemptions += 1
 
     def sample(

@@ -13,7 +13,9 @@ class Router(Protocol):
     """Chooses among `replicas` numbered from 0. `ongoing(replica)` says how many requests one has
     not answered yet, and is asked about as few as possible."""
 
-    def choose(self, ongoing: Callable[[int], int]) -> int: ...
+    def choose(self, ongoing: Callable[[int], int]) -> int:
+        """The replica that gets the next request, given how many each has under way."""
+        ...
 
 
 class PowerOfTwo:
@@ -38,6 +40,7 @@ class RoundRobin:
         self._next = 0
 
     def choose(self, ongoing: Callable[[int], int]) -> int:
+        """Each in turn."""
         chosen, self._next = self._next, (self._next + 1) % self._replicas
         return chosen
 

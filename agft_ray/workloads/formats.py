@@ -37,7 +37,9 @@ class TraceFormat(Protocol):
     ticks_per_s: int
     has_header: bool
 
-    def parse(self, line: str) -> Row: ...
+    def parse(self, line: str) -> Row:
+        """One line; raises `ValueError` naming what is wrong."""
+        ...
 
 
 def detect(first_line: str) -> TraceFormat:
@@ -89,6 +91,7 @@ class AzureCsv:
         self._zoned: bool | None = None
 
     def parse(self, line: str) -> Row:
+        """See `TraceFormat.parse`."""
         timestamp, prompt, output = self._columns.pick(line)
         prompt_tokens = _tokens(self._prompt, prompt)
         output_tokens = _tokens(self._output, output)
@@ -123,6 +126,7 @@ class LengthsCsv:
         self._columns = _Columns(LENGTHS_COLUMNS, header)
 
     def parse(self, line: str) -> Row:
+        """See `TraceFormat.parse`."""
         time, prompt, output = self._columns.pick(line)
         ticks = _whole(time)
         if ticks is None or ticks >= MAX_TICKS:
@@ -144,6 +148,7 @@ class MooncakeLines:
     has_header = False
 
     def parse(self, line: str) -> Row:
+        """See `TraceFormat.parse`."""
         try:
             fields = json.loads(line, parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:

@@ -188,6 +188,7 @@ class HighCacheHit(_Prototype):
         return self.shared_blocks * PREFIX_BLOCK_TOKENS
 
     def requests(self) -> Iterator[Request]:
+        """Without end, in order of arrival."""
         texts = np.random.default_rng(self.seed).spawn(3)[2]
         own_ids = itertools.count(self.prefixes * self.shared_blocks)
         for request in super().requests():

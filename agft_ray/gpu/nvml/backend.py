@@ -42,11 +42,17 @@ class ClockWriter(Protocol):
         """The restore target's fields that say how to reach the GPU (`safety.target`)."""
         ...
 
-    def lock_sm_clocks(self, min_mhz: int, max_mhz: int) -> None: ...
+    def lock_sm_clocks(self, min_mhz: int, max_mhz: int) -> None:
+        """Lock SM clocks to a range, in MHz."""
+        ...
 
-    def reset_sm_clocks(self) -> None: ...
+    def reset_sm_clocks(self) -> None:
+        """Unlock SM clocks."""
+        ...
 
-    def set_power_limit(self, limit_w: float) -> None: ...
+    def set_power_limit(self, limit_w: float) -> None:
+        """Set the power limit, in W."""
+        ...
 
 
 _SESSION = NvmlSession(pynvml)
@@ -59,15 +65,19 @@ class NvmlWriter:
         self._device = device
 
     def target(self) -> dict[str, object]:
+        """How another process brings this GPU back."""
         return {"backend": "nvml", "path": "", "index": None, "token_path": ""}
 
     def lock_sm_clocks(self, min_mhz: int, max_mhz: int) -> None:
+        """Lock SM clocks to a range, in MHz."""
         self._set("SetGpuLockedClocks", min_mhz, max_mhz)
 
     def reset_sm_clocks(self) -> None:
+        """Unlock SM clocks."""
         self._set("ResetGpuLockedClocks")
 
     def set_power_limit(self, limit_w: float) -> None:
+        """Set the power limit, in W."""
         self._set("SetPowerManagementLimit", round(limit_w * 1000))
 
     def _set(self, function: str, *args: int) -> None:
@@ -109,14 +119,17 @@ class NvmlGpu:
 
     @property
     def uuid(self) -> str:
+        """The GPU's UUID."""
         return self._device.uuid
 
     @property
     def actuator(self) -> Actuator:
+        """What is set: SM clocks, or the power limit."""
         return self._actuator
 
     @functools.cached_property
     def model(self) -> str:
+        """The product's name."""
         return str(self._device.run("model", lambda nvml: nvml("nvmlDeviceGetName")))
 
     @functools.cached_property
@@ -169,9 +182,11 @@ class NvmlGpu:
         """Nothing to do."""
 
     def read(self) -> GpuSample:
+        """One reading; see `Gpu.read`."""
         return self._device.run("read", self._read)
 
     def lock(self, arm: int) -> None:
+        """Set a clock or limit; see `Gpu.lock`."""
         self._device.check_not_lost()
         setting = self._supported(arm)
         if self._actuator is Actuator.SM_CLOCK:
@@ -182,6 +197,7 @@ class NvmlGpu:
         self._locked = setting
 
     def reset(self) -> None:
+        """Back to default clocks; see `Gpu.reset`."""
         self._device.check_not_lost()
         if self._actuator is Actuator.SM_CLOCK:
             self._writer.reset_sm_clocks()

@@ -79,6 +79,7 @@ class HandleCalls:
         return HandleCalls(self._session, self.gpu, handle)
 
     def field(self, field_id: int) -> tuple[float, int]:
+        """A field's value and the time that it belongs to."""
         function = "nvmlDeviceGetFieldValues"
         try:
             field = self(function, [field_id])[0]

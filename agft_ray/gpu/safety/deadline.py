@@ -30,6 +30,7 @@ class Job(Generic[T]):
 
     @property
     def runs(self) -> bool:
+        """It has begun and not ended."""
         return self._thread.is_alive()
 
     def result(self, timeout_s: float) -> T:

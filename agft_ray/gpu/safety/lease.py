@@ -123,10 +123,12 @@ class Lease:
 
     @property
     def uuid(self) -> str:
+        """The GPU's UUID."""
         return self._paths.uuid
 
     @property
     def record_path(self) -> str:
+        """Where its record lies."""
         return self._paths.record
 
     def check(self) -> None:

@@ -53,7 +53,9 @@ class LocalGpu(Protocol):
     """What has to be known of a GPU of this process to find it among the daemon's."""
 
     @property
-    def uuid(self) -> str | None: ...
+    def uuid(self) -> str | None:
+        """The NVML UUID, None where the driver does not tell."""
+        ...
 
     @property
     def index(self) -> int:
@@ -61,10 +63,14 @@ class LocalGpu(Protocol):
         ...
 
     @property
-    def model(self) -> str | None: ...
+    def model(self) -> str | None:
+        """The product's name."""
+        ...
 
     @property
-    def pci_address(self) -> str | None: ...
+    def pci_address(self) -> str | None:
+        """Where it is on the bus."""
+        ...
 
 
 class ZeusdClient:

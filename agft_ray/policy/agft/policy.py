@@ -60,6 +60,7 @@ class AgftPolicy:
         return Decision(_arm(keys[chosen]), "learn" if chosen == best else "explore")
 
     def select_idle(self, arms: Sequence[int]) -> Decision:
+        """See `Policy.select_idle`."""
         return Decision(min(arms, default=None), "idle")
 
     def _needs_baseline(self) -> bool:
@@ -109,10 +110,12 @@ class AgftPolicy:
     # -- learning, sharing, keeping ------------------------------------------------------------
 
     def update(self, outcome: Outcome) -> None:
+        """Learn from a window; see `Policy.update`."""
         if is_evidence(outcome):
             self._learner.learn(outcome)
 
     def experience(self) -> Experience | None:
+        """See `Policy.experience`."""
         return self._learner.bandit.experience()
 
     def merge(self, prior: Prior) -> None:
@@ -120,6 +123,7 @@ class AgftPolicy:
         self._learner.merge(prior.experience)
 
     def snapshot(self) -> dict[str, Any]:
+        """The whole state; see `Policy.snapshot`."""
         return {
             "schema": SNAPSHOT_SCHEMA,
             "settings": self._config.model_dump(mode="json"),
@@ -128,6 +132,7 @@ class AgftPolicy:
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Continue from a snapshot; see `Policy.restore`."""
         expected = {
             "schema": SNAPSHOT_SCHEMA,
             "settings": self._config.model_dump(mode="json"),
@@ -142,6 +147,7 @@ class AgftPolicy:
         self._learner.state = state
 
     def status(self) -> dict[str, Any]:
+        """Figures for people."""
         state = self._learner.state
         return {
             "phase": self._phase(),

@@ -53,6 +53,7 @@ class ActivityPolicy(SoloPolicy[ActivityState]):
         self._config = config
 
     def select(self, context: Context, arms: Sequence[int]) -> Decision:
+        """See `Policy.select`."""
         if not arms:
             return Decision(None, "no arms")
         efficient_mhz, highest_mhz = self._range(arms)
@@ -70,6 +71,7 @@ class ActivityPolicy(SoloPolicy[ActivityState]):
         return efficient + span * max(0.0, -bias), highest - span * max(0.0, bias)
 
     def select_idle(self, arms: Sequence[int]) -> Decision:
+        """See `Policy.select_idle`."""
         return Decision(min(arms, default=None), "idle")
 
     def _learn(self, outcome: Outcome) -> None:
@@ -84,4 +86,5 @@ class ActivityPolicy(SoloPolicy[ActivityState]):
         return active_s / busy_s
 
     def status(self) -> dict[str, Any]:
+        """Figures for people."""
         return {"phase": "activity", "activity": self.state.activity}

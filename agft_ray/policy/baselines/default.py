@@ -23,10 +23,13 @@ class DefaultPolicy(StaticPolicy):
     name = "default"
 
     def select(self, context: Context, arms: Sequence[int]) -> Decision:
+        """See `Policy.select`."""
         return Decision(None, "default")
 
     def select_idle(self, arms: Sequence[int]) -> Decision:
+        """See `Policy.select_idle`."""
         return Decision(None, "default")
 
     def status(self) -> dict[str, Any]:
+        """Figures for people."""
         return {"phase": "static"}

@@ -53,10 +53,13 @@ class FixedPolicy(StaticPolicy):
         self._arm = config.arm
 
     def select(self, context: Context, arms: Sequence[int]) -> Decision:
+        """See `Policy.select`."""
         return Decision(at_or_below(arms, self._arm) if arms else None, "fixed")
 
     def select_idle(self, arms: Sequence[int]) -> Decision:
+        """See `Policy.select_idle`."""
         return Decision(at_or_below(arms, self._arm) if arms else None, "fixed")
 
     def status(self) -> dict[str, Any]:
+        """Figures for people."""
         return {"phase": "static", "best_arm_mhz": self._arm}

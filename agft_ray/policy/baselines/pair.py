@@ -35,6 +35,7 @@ class PairGovernor:
         self._pair: tuple[Arm, Arm] = (None, None)
 
     def choose(self, step: StepSample, arms: Sequence[int]) -> Arm:
+        """See `StepGovernor.choose`."""
         if tuple(arms) != self._arms:
             self._arms, self._pair = tuple(arms), self._snapped(arms)
         return self._pair[0] if step.has_prefill else self._pair[1]
@@ -49,12 +50,15 @@ class PairGovernor:
         )
 
     def choose_idle(self, arms: Sequence[int]) -> Arm:
+        """See `StepGovernor.choose_idle`."""
         return min(arms, default=None)
 
     def observe(self, step: StepSample, *, duration_s: float, sm_clock_mhz: int) -> None:
+        """Learn how long the step took; see `StepGovernor.observe`."""
         check_observation(duration_s, sm_clock_mhz)
 
     def status(self) -> dict[str, Any]:
+        """Figures for people."""
         return {
             "phase": "static",
             "prefill_sm_clock_mhz": self._config.prefill_sm_clock_mhz,

@@ -69,6 +69,7 @@ class PidPolicy(SoloPolicy[PidState]):
         self._config = config
 
     def select(self, context: Context, arms: Sequence[int]) -> Decision:
+        """See `Policy.select`."""
         if not arms:
             return Decision(None, "no arms")
         if self.state.target_mhz is None:
@@ -76,6 +77,7 @@ class PidPolicy(SoloPolicy[PidState]):
         return Decision(nearest(sorted(arms), self.state.target_mhz), "control")
 
     def select_idle(self, arms: Sequence[int]) -> Decision:
+        """See `Policy.select_idle`."""
         return Decision(min(arms, default=None), "idle")
 
     def _learn(self, outcome: Outcome) -> None:
@@ -101,6 +103,7 @@ class PidPolicy(SoloPolicy[PidState]):
         return math.log(max(excesses, default=1.0) / (1 - config.margin))
 
     def status(self) -> dict[str, Any]:
+        """Figures for people."""
         state = self.state
         return {
             "phase": "start" if state.target_mhz is None else "control",

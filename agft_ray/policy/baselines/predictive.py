@@ -99,6 +99,7 @@ class PredictivePolicy(SoloPolicy[PredictiveState]):
         )
 
     def select(self, context: Context, arms: Sequence[int]) -> Decision:
+        """See `Policy.select`."""
         if not arms:
             return Decision(None, "no arms")
         state = self.state
@@ -113,6 +114,7 @@ class PredictivePolicy(SoloPolicy[PredictiveState]):
         return Decision(max(arms), "beyond slo")
 
     def select_idle(self, arms: Sequence[int]) -> Decision:
+        """See `Policy.select_idle`."""
         return Decision(min(arms, default=None), "idle")
 
     def _predict(self, sm_clock_mhz: int) -> float:
@@ -152,10 +154,12 @@ class PredictivePolicy(SoloPolicy[PredictiveState]):
         state.trend = float(trend[0]), float(trend[1])
 
     def snapshot(self) -> dict[str, Any]:
+        """The whole state; see `Policy.snapshot`."""
         self.state.model = self._ridge.state()
         return super().snapshot()
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Continue from a snapshot; see `Policy.restore`."""
         before = self.state
         super().restore(snapshot)
         try:
@@ -165,6 +169,7 @@ class PredictivePolicy(SoloPolicy[PredictiveState]):
             raise
 
     def status(self) -> dict[str, Any]:
+        """Figures for people."""
         state = self.state
         return {
             "phase": "learn" if state.windows < self._config.learn_windows else "predict",

@@ -64,6 +64,7 @@ class RulesPolicy(SoloPolicy[RulesState]):
         self._config = config
 
     def select(self, context: Context, arms: Sequence[int]) -> Decision:
+        """See `Policy.select`."""
         if not arms:
             return Decision(None, "no arms")
         target = self.state.target_mhz
@@ -73,6 +74,7 @@ class RulesPolicy(SoloPolicy[RulesState]):
         return Decision(at_or_below(arms, max(target, lowest)), "calm")
 
     def select_idle(self, arms: Sequence[int]) -> Decision:
+        """See `Policy.select_idle`."""
         return Decision(min(arms, default=None), "idle")
 
     def _learn(self, outcome: Outcome) -> None:
@@ -100,5 +102,6 @@ class RulesPolicy(SoloPolicy[RulesState]):
         )
 
     def status(self) -> dict[str, Any]:
+        """Figures for people."""
         phase = "highest" if self.state.target_mhz is None else "calm"
         return {"phase": phase, "target_mhz": self.state.target_mhz}

@@ -84,6 +84,7 @@ class VoltaGovernor:
         """How often the choice changed while the engine worked."""
 
     def choose(self, step: StepSample, arms: Sequence[int]) -> Arm:
+        """See `StepGovernor.choose`."""
         if tuple(arms) != self._arms:
             self._arms, self._levels = tuple(arms), self._listed(arms)
             self._clock = None
@@ -142,6 +143,7 @@ class VoltaGovernor:
         return min(arms, default=None)
 
     def observe(self, step: StepSample, *, duration_s: float, sm_clock_mhz: int) -> None:
+        """Learn how long the step took; see `StepGovernor.observe`."""
         check_observation(duration_s, sm_clock_mhz)
         settled = step.t_s - self._changed_s >= ACTUATION_S
         if not self._levels or not (settled or duration_s >= LONG_STEP_S):
@@ -150,6 +152,7 @@ class VoltaGovernor:
         self._phases[step.has_prefill].learn(step, duration_s, sm_clock_mhz, level)
 
     def status(self) -> dict[str, Any]:
+        """Figures for people."""
         decode, prefill = self._phases[False], self._phases[True]
         known = min(decode.samples, prefill.samples) >= self._config.learn_steps
         return {

@@ -91,6 +91,7 @@ class ReferenceArm(BaseModel):
     """EDP of its windows in J s; 0.0 stands for one without tokens."""
 
     def learn(self, x: Sequence[float], reward: float, edp_j_s: float) -> None:
+        """Add one sample."""
         self.gram = (np.array(self.gram) + np.outer(x, x)).tolist()
         self.response = (np.array(self.response) + reward * np.array(x)).tolist()
         self.visits += 1
@@ -99,6 +100,7 @@ class ReferenceArm(BaseModel):
 
     @property
     def mean_reward(self) -> float:
+        """Over all samples."""
         return self.reward_sum / max(1, self.visits)
 
     @property

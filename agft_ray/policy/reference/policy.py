@@ -168,6 +168,7 @@ class AgftReferencePolicy(SoloPolicy[ReferenceState]):
         return [arm for arm in space if arm not in state.pruned]
 
     def select_idle(self, arms: Sequence[int]) -> Decision:
+        """See `Policy.select_idle`."""
         return Decision(at_or_below(arms, IDLE_MHZ) if arms else None, "idle")
 
     # -- learning ------------------------------------------------------------------------------
@@ -281,6 +282,7 @@ class AgftReferencePolicy(SoloPolicy[ReferenceState]):
         state.exploiting = state.rounds >= MATURE_ROUNDS and share >= CONVERGENCE_SHARE
 
     def status(self) -> dict[str, Any]:
+        """Figures for people."""
         state = self.state
         return {
             "phase": self._phase(),

@@ -72,6 +72,8 @@ class _Request(BaseModel):
 
 
 class StreamOptions(BaseModel):
+    """What a streamed answer is to hold besides text."""
+
     model_config = ConfigDict(extra="ignore", strict=True)
 
     include_usage: bool = False
@@ -88,10 +90,13 @@ class CompletionRequest(_Request):
         return count_tokens(self.prompt) if isinstance(self.prompt, str) else len(self.prompt)
 
     def token_limit(self) -> int | None:
+        """The most tokens asked for, None if it does not say."""
         return self.max_tokens
 
 
 class TextPart(BaseModel):
+    """A part of a message."""
+
     model_config = ConfigDict(extra="ignore", strict=True)
 
     type: Literal["text"]
@@ -99,12 +104,15 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
+    """One message of a chat."""
+
     model_config = ConfigDict(extra="ignore", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
 
     def tokens(self) -> int:
+        """About how many tokens its text has."""
         parts = self.content if isinstance(self.content, list) else []
         text = self.content if isinstance(self.content, str) else " ".join(p.text for p in parts)
         return TOKENS_PER_MESSAGE + count_tokens(text)
@@ -118,9 +126,11 @@ class ChatCompletionRequest(_Request):
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
     def prompt_tokens(self) -> int:
+        """About how many tokens its messages have."""
         return sum(message.tokens() for message in self.messages)
 
     def token_limit(self) -> int | None:
+        """The most tokens asked for, None if it does not say."""
         return self.max_completion_tokens or self.max_tokens
 
 
@@ -174,6 +184,7 @@ class Answer:
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """The `usage` object of an answer."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -182,6 +193,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 def sse(payload: dict[str, Any]) -> str:
+    """A server-sent event."""
     return f"data: {json.dumps(payload, separators=(',', ':'))}\n\n"
 
 

@@ -157,6 +157,7 @@ class SimulatedLLM:
 
     @api.get("/v1/models")
     async def models(self) -> dict[str, Any]:
+        """`GET /v1/models`."""
         model = {
             "id": self._config.model,
             "object": "model",
@@ -168,19 +169,23 @@ class SimulatedLLM:
 
     @api.get("/v1/models/{model_id}")
     async def model(self, model_id: str) -> dict[str, Any]:
+        """`GET /v1/models/{model_id}`."""
         self._check_model(model_id)
         return (await self.models())["data"][0]  # type: ignore[no-any-return]
 
     @api.post("/v1/completions")
     async def completions(self, body: CompletionRequest) -> Response:
+        """`POST /v1/completions`."""
         return await self._respond(body, chat=False)
 
     @api.post("/v1/chat/completions")
     async def chat_completions(self, body: ChatCompletionRequest) -> Response:
+        """`POST /v1/chat/completions`."""
         return await self._respond(body, chat=True)
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
+        """`GET /health`."""
         self.check_health()
         return {"status": "ok"}
 

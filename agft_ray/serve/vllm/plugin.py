@@ -35,6 +35,7 @@ class TunerStatLogger(StatLoggerBase):  # type: ignore[misc]
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, *_: object, **further: Any
     ) -> None:
+        """Pass on one iteration; see `VllmStats.record`."""
         if self._stats is not None:
             self._stats.record(scheduler_stats, iteration_stats, self._engine_index)
 
