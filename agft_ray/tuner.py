@@ -22,6 +22,7 @@ from agft_ray.settings import TunerConfig
 from agft_ray.telemetry.features import extract
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
+from agft_ray.telemetry.status import TunerState
 from agft_ray.telemetry.windows import WindowRejectedError, close_window
 from agft_ray.types import (
     THROTTLED,
@@ -42,6 +43,7 @@ READINGS_PER_WINDOW = 8
 INTERRUPTED, WOKEN = "interrupted", "woken"
 """Why a window was cut short on purpose."""
 CUT_OFF = "the replica is silent"
+ENDED_BADLY = (TunerState.GPU_LOST, TunerState.FAULT)
 MAX_FAULTS = 5
 """Faults in a row after which the tuner stops for good; serving goes on at default clocks."""
 MIN_PAUSE_S = 2.0
@@ -96,7 +98,7 @@ class Tuner:
         self.is_cut_off = False
         """Whoever hands in the engine's statistics has fallen silent, and may hang: clocks are
         reset at the loop's next step, however long its windows are, and stay at default."""
-        self.state = "starting"
+        self.state = TunerState.STARTING
         self.fault = ""
         """The last fault, until a step has gone well."""
         self.reading: GpuSample | None = None
@@ -183,13 +185,13 @@ class Tuner:
                     yield from self._step()
                     self._faults, self.fault = 0, ""
                 except GpuLostError:
-                    self.state = "gpu lost"
+                    self.state = TunerState.GPU_LOST
                     raise
                 except Exception as error:
                     yield self._after_fault(error)
         finally:
-            if self.control.let_go(for_good=True) and self.state not in ("gpu lost", "fault"):
-                self.state = "stopped"
+            if self.control.let_go(for_good=True) and self.state not in ENDED_BADLY:
+                self.state = TunerState.STOPPED
 
     def _step(self) -> Iterator[float]:
         """Observe one window, learn from it, choose the next clock and set it."""
@@ -203,7 +205,7 @@ class Tuner:
             self._controls = False
             self.control.let_go()
         if self.mode is Mode.OFF:
-            self.state = "off"
+            self.state = TunerState.OFF
             yield self.clock.now_s() + self.config.window_s
             return
         window, note = yield from self._observe()
@@ -284,18 +286,11 @@ class Tuner:
         was_waiting = self.waits_for_work
         throttled = window is not None and bool(window.event_reasons & THROTTLED)
         self._count(window, throttled, note)
-        if self._blind >= self.config.stale_windows or self.is_cut_off:
-            if throttled:
-                self._cooldown = self.config.cooldown_windows
-            return self._rest("throttled" if throttled else "blind")
-        if self._beyond_slo >= self.config.slo_windows and self.control.locked is not None:
-            self._beyond_slo, self._cooldown = 0, self.config.cooldown_windows
-        if self._cooldown > 0:
-            self._cooldown -= 1
-            return self._rest("cooldown")
-        if self.holdout:
-            return self._rest("holdout")
-        self.state = "tuning" if self._controls else self.control.state or "observing"
+        if rest := self._reason_to_rest(throttled):
+            self.state = rest
+            return Decision(None, rest)
+        tuning = TunerState.TUNING if self._controls else TunerState.OBSERVING
+        self.state = TunerState(self.control.state or tuning)
         if not self.arms:
             return Decision(None, "no arms")
         if self.waits_for_work:
@@ -308,6 +303,25 @@ class Tuner:
             return Decision(self.control.locked, "hold")
         return self.policy.select(self._context, self.arms)
 
+    def _reason_to_rest(self, throttled: bool) -> TunerState | None:
+        """Why default clocks are kept whatever the policy says: the first of these that holds."""
+        cannot_know = self._blind >= self.config.stale_windows or self.is_cut_off
+        too_slow = self._beyond_slo >= self.config.slo_windows
+        if cannot_know and throttled:
+            self._cooldown = self.config.cooldown_windows
+        elif not cannot_know and too_slow and self.control.locked is not None:
+            self._beyond_slo, self._cooldown = 0, self.config.cooldown_windows
+        reasons = (
+            (cannot_know and throttled, TunerState.THROTTLED),
+            (cannot_know, TunerState.BLIND),
+            (self._cooldown > 0, TunerState.COOLDOWN),
+            (self.holdout, TunerState.HOLDOUT),
+        )
+        rest = next((state for holds, state in reasons if holds), None)
+        if rest is TunerState.COOLDOWN:
+            self._cooldown -= 1
+        return rest
+
     def _count(self, window: Window | None, throttled: bool, note: str) -> None:
         """Windows in a row that were blind, empty, or beyond an SLO."""
         if note not in (INTERRUPTED, WOKEN):
@@ -315,10 +329,6 @@ class Tuner:
         self._idle = self._idle + 1 if window is not None and window.is_idle else 0
         if window is not None:
             self._beyond_slo = self._beyond_slo + 1 if self.reward.violates_slo(window) else 0
-
-    def _rest(self, state: str) -> Decision:
-        self.state = state
-        return Decision(None, state)
 
     # -- faults ------------------------------------------------------------------------------------
 
@@ -329,7 +339,7 @@ class Tuner:
         log.error(
             "tuner fault %d of %d, clocks are reset", self._faults, MAX_FAULTS, exc_info=error
         )
-        self.state = "fault"
+        self.state = TunerState.FAULT
         self._idle = self._blind = self._beyond_slo = 0
         self.control.reset_own()
         permanent = isinstance(error, GpuError) and not isinstance(error, GpuTransientError)

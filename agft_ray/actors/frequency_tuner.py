@@ -28,6 +28,7 @@ from agft_ray.settings import TunerConfig
 from agft_ray.telemetry.features import FEATURE_SCHEMA
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics, to_sample
+from agft_ray.telemetry.status import TunerState
 from agft_ray.tuner import Tuner, WindowRecord
 from agft_ray.types import GpuSample, Mode
 
@@ -239,7 +240,7 @@ class FrequencyTuner:
             "rank": self._rank,
             "role": self._role(),
             "mode": loop.config.mode,
-            "state": "unavailable" if loop.unavailable else "starting",
+            "state": str(TunerState.UNAVAILABLE if loop.unavailable else TunerState.STARTING),
             "reason": loop.gpu_lost or loop.unavailable,
             "tuner_pid": os.getpid(),
             "guard_pid": loop.guard_pid,

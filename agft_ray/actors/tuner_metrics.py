@@ -5,6 +5,7 @@ from __future__ import annotations
 from ray.util.metrics import Counter, Gauge
 
 from agft_ray.gpu.base import Gpu
+from agft_ray.telemetry.status import TunerState
 from agft_ray.tuner import Tuner, WindowRecord
 from agft_ray.types import Actuator
 
@@ -64,7 +65,7 @@ class TunerMetrics:
 
     def show(self, tuner: Tuner) -> None:
         """Publish what is in force, every second or so, also while there are no windows."""
-        self._tuning.set(float(tuner.state == "tuning"))
+        self._tuning.set(float(tuner.state == TunerState.TUNING))
         for gpu in self._gpus:
             self._locked.set(tuner.control.locked or 0, tags=gpu)
         if tuner.clock_changes > self._changes_shown:

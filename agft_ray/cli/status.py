@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from agft_ray.actors import status_reader
 from agft_ray.errors import AgftError
+from agft_ray.telemetry.status import TunerState
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-TROUBLE = ("gpu lost", "unavailable", "refused", "fault")
+TROUBLE = (
+    TunerState.GPU_LOST,
+    TunerState.UNAVAILABLE,
+    TunerState.REFUSED,
+    TunerState.FAULT,
+)
 """States in which a tuner cannot do what it was told to."""
 UNKNOWN = "-"
 COLUMNS = (
@@ -127,7 +133,7 @@ def notes(statuses: Sequence[dict[str, Any]]) -> list[str]:
 def totals(statuses: Sequence[dict[str, Any]]) -> str:
     """The fleet in a line."""
     powers_w = [status["power_w"] for status in statuses if status.get("power_w") is not None]
-    tuned = sum(status["state"] == "tuning" for status in statuses)
+    tuned = sum(status["state"] == TunerState.TUNING for status in statuses)
     held_out = sum(status["role"] == "holdout" for status in statuses)
     trouble = sum(status["state"] in TROUBLE for status in statuses)
     power = f"{sum(powers_w):,.0f} W" if powers_w else UNKNOWN

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from agft_ray.clock_control import Obstacle
 from agft_ray.gpu.config import ZeusdGpuConfig
 from agft_ray.gpu.safety import lease
 from agft_ray.serve.checks import simulated_app
 from agft_ray.simulation.device_file import DeviceFile
+from agft_ray.telemetry.status import TunerState
 
 ROOT = Path(__file__).parents[2]
 GUARD = ROOT / "deployments" / "guard"
@@ -168,18 +168,7 @@ def test_the_docs_name_every_setting_and_state():
     }
     safety = (ROOT / "docs" / "safety.md").read_text()
     documented = set(re.findall(r"^\| `([a-z ]+)` \|", safety, flags=re.MULTILINE))
-    assert documented == states_of_the_code()
-
-
-def states_of_the_code():
-    """What is assigned to `state`, given to `_rest` or shown by the actor, in the source, and
-    what keeps the tuner from setting clocks."""
-    source = "".join(
-        (ROOT / "agft_ray" / name).read_text() for name in ("tuner.py", "actors/frequency_tuner.py")
-    )
-    places = re.findall(r"(?:\bstate = |\"state\": |_rest\()(.+)", source)
-    words = {word for place in places for word in re.findall(r'"([a-z][a-z ]*)"', place)}
-    return words | {word.value for word in Obstacle if word}
+    assert documented == {*TunerState}
 
 
 @pytest.mark.parametrize(
