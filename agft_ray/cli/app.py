@@ -17,6 +17,7 @@ from agft_ray.actors import simulate_on_ray
 from agft_ray.cli import (
     bench,
     calibrate,
+    completion,
     config,
     demo,
     doctor,
@@ -48,6 +49,7 @@ EXAMPLES = {
     "calibrate": "agft-ray calibrate measured.csv --base rtx_a6000 --model llama-3.1-8b "
     "--out mine.yaml",
     "bench": "agft-ray bench decision",
+    "completion": "agft-ray completion bash > ~/.local/share/bash-completion/completions/agft-ray",
 }
 LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
 
@@ -127,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_command(commands)
     for each in (fetch_data, calibrate, bench):
         each.add_command(commands)
+    completion.add_command(commands, parser)
     for name, example in EXAMPLES.items():
         command = commands.choices[name]
         command.epilog = "\n\n".join(filter(None, (command.epilog, f"Example:\n  {example}")))

@@ -67,6 +67,20 @@ def test_every_command_has_an_example_that_it_understands(capsys):
         assert example in commands.choices[name].format_help()
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completions_know_the_commands(shell, capsys):
+    assert main(["completion", shell]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in EXAMPLES)
+    assert "--sweep-uncertainty" in shown or shell == "tcsh"  # which completes words only
+
+
+def test_the_completions_of_bash_are_of_bash(capsys):
+    main(["completion", "bash"])
+    script = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
 def test_help_says_defaults():
     commands = next(
         action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
