@@ -1,4 +1,4 @@
-"""What keeps a GPU busy for `observe_decode_load.py`: decode steps, and matrix products."""
+"""What keeps a GPU busy for `observe_decode_load.py`: decode, prefill, and matrix products."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class Load(Protocol):
         ...
 
     def decode(self, batch: int) -> Step: ...
+
+    def prefill(self, tokens: int) -> Step: ...
 
     def matmul(self) -> Step: ...
 
@@ -67,23 +69,39 @@ class TorchLoad:
             self._torch.cuda.synchronize(self._device)
 
     def decode(self, batch: int) -> Step:
-        torch = self._torch
+        torch, attend = self._torch, self._torch.nn.functional.scaled_dot_product_attention
         cache = (batch, self.KV_HEADS, self._context, self.HEAD)
         caches = [(self._random(*cache), self._random(*cache)) for _ in range(self._layers)]
         first = self._random(batch, self.HIDDEN)
         heads = self.GROUP * self.KV_HEADS * self.HEAD
 
-        def step() -> None:
-            x = first
-            for (qkv, out, up, down), (keys, values) in zip(self._weights, caches, strict=True):
-                query = (x @ qkv)[:, :heads].view(batch, self.KV_HEADS, self.GROUP, self.HEAD)
-                attention = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
-                x = x + attention.reshape(batch, heads) @ out
-                gate, linear = (x @ up).chunk(2, dim=1)
-                x = x + (torch.nn.functional.silu(gate) * linear) @ down
-            self._wait()
+        def attention(layer: int, qkv: Any) -> Any:
+            query = qkv[:, :heads].view(batch, self.KV_HEADS, self.GROUP, self.HEAD)
+            return attend(query, *caches[layer]).reshape(batch, heads)
 
-        return torch.inference_mode()(step)
+        return torch.inference_mode()(lambda: self._layers_of(first, attention))
+
+    def prefill(self, tokens: int) -> Step:
+        torch, attend = self._torch, self._torch.nn.functional.scaled_dot_product_attention
+        first = self._random(tokens, self.HIDDEN)
+        sizes = [self.GROUP * self.KV_HEADS * self.HEAD] + 2 * [self.KV_HEADS * self.HEAD]
+
+        def attention(_: int, qkv: Any) -> Any:
+            query, keys, values = (
+                part.view(1, tokens, -1, self.HEAD).transpose(1, 2)
+                for part in qkv.split(sizes, dim=1)
+            )
+            found = attend(query, keys, values, is_causal=True, enable_gqa=True)
+            return found.transpose(1, 2).reshape(tokens, sizes[0])
+
+        return torch.inference_mode()(lambda: self._layers_of(first, attention))
+
+    def _layers_of(self, x: Any, attention: Callable[[int, Any], Any]) -> None:
+        for layer, (qkv, out, up, down) in enumerate(self._weights):
+            x = x + attention(layer, x @ qkv) @ out
+            gate, linear = (x @ up).chunk(2, dim=1)
+            x = x + (self._torch.nn.functional.silu(gate) * linear) @ down
+        self._wait()
 
     def matmul(self) -> Step:
         a, b = self._random(self.MATMUL, self.MATMUL), self._random(self.MATMUL, self.MATMUL)

@@ -4,9 +4,10 @@
 
 Needs an NVIDIA GPU that nobody else uses and PyTorch with CUDA; neither vLLM nor Ray nor root. A
 loop like that of an engine's decode steps (weights and KV cache of an 8B model read for every
-token) runs at one batch size after the other, with agft_ray's tuner beside it in `observe`. Then
-the energy counter is held against integrated power under a load of matrix products. No clock and no
-power limit is ever changed. Takes some four minutes and 32 GB of GPU memory (`--layers` for less).
+token) runs at one batch size after the other, with agft_ray's tuner beside it in `observe`; then
+prompts of one length after the other. The energy counter is held against integrated power under a
+load of matrix products. No clock and no power limit is ever changed. Takes some four minutes and 32
+GB of GPU memory (`--layers` for less).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from agft_ray.tuner import Tuner, WindowRecord
 from agft_ray.types import Actuator, EngineSample, EventReason, GpuSample, Window
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+PROMPTS = (128, 512, 1024, 2048, 4096)
+IDLE_S = 5.0
 PUSH_S = 0.05
 WARM_UP_S = 3.0
 """Before windows count: power readings are means over up to a second."""
@@ -59,7 +62,7 @@ class ReadOnly:
     def claim(self) -> None:
         raise AssertionError("this script sets nothing")
 
-    def lock(self, arm: int) -> None:
+    def lock(self, setting: int) -> None:
         raise AssertionError("this script sets nothing")
 
     def reset(self) -> None:
@@ -72,8 +75,8 @@ class ReadOnly:
 class Engine:
     """Runs steps in a thread of its own, and counts their tokens as an engine does."""
 
-    def __init__(self, step: Step, batch: int) -> None:
-        self._step, self._batch = step, batch
+    def __init__(self, step: Step, batch: int, *, prompt_tokens: int = 0) -> None:
+        self._step, self._batch, self._prompt_tokens = step, batch, prompt_tokens
         self._stats, self._lock = EngineStats(), threading.Lock()
         self._ended = threading.Event()
         self._error: Exception | None = None
@@ -98,6 +101,13 @@ class Engine:
 
     def _count(self, time_s: float) -> None:
         with self._lock:
+            if self._prompt_tokens:
+                self._stats.on_prompt(tokens=self._prompt_tokens)
+                self._stats.on_step(
+                    prefill_tokens=self._prompt_tokens, decode_tokens=0, time_s=time_s
+                )
+                self._stats.on_first_token(ttft_s=time_s)
+                return
             self._stats.on_step(prefill_tokens=0, decode_tokens=self._batch, time_s=time_s)
             self._stats.generation_tokens += self._batch
             self._stats.itl_sum_s += time_s * self._batch
@@ -137,26 +147,59 @@ def observed(gpu: Gpu, engine: Engine, *, window_s: float, windows: int) -> list
 
 
 def decode_table(gpu: Gpu, load: Load, arguments: argparse.Namespace) -> Iterator[str]:
-    yield "| batch | tokens/s | step | power | SM clock | energy per token | clock limited by |"
+    yield f"| batch | {COLUMNS}"
     yield "|---:|---:|---:|---:|---:|---:|---|"
     for batch in arguments.batches:
         print(f"batch size {batch}", file=sys.stderr)
-        with Engine(load.decode(batch), batch) as engine:
-            windows = observed(gpu, engine, window_s=arguments.window_s, windows=arguments.windows)
-        tokens = sum(window.generation_tokens for window in windows)
-        steps = sum(window.decode_steps.steps for window in windows)
-        step_s = sum(window.decode_steps.time_s for window in windows) / steps
-        time_s = sum(window.duration_s for window in windows)
-        energy_j = sum(window.energy_j for window in windows)
-        clock_mhz = statistics.fmean(window.sm_clock_mhz for window in windows)
-        reasons = EventReason.NONE
-        for window in windows:
-            reasons |= window.event_reasons
-        yield (
-            f"| {batch} | {tokens / time_s:,.1f} | {1e3 * step_s:.2f} ms | "
-            f"{energy_j / time_s:.1f} W | {clock_mhz:,.0f} MHz | {energy_j / tokens:.4f} J | "
-            f"{reasons.name if reasons else 'nothing'} |"
-        )
+        engine = Engine(load.decode(batch), batch)
+        yield f"| {batch} | {_cells(gpu, engine, arguments)}"
+
+
+def prefill_table(gpu: Gpu, load: Load, arguments: argparse.Namespace) -> Iterator[str]:
+    yield f"| prompt tokens | {COLUMNS}"
+    yield "|---:|---:|---:|---:|---:|---:|---|"
+    for tokens in arguments.prompts:
+        print(f"prompts of {tokens} tokens", file=sys.stderr)
+        engine = Engine(load.prefill(tokens), 1, prompt_tokens=tokens)
+        yield f"| {tokens} | {_cells(gpu, engine, arguments)}"
+
+
+COLUMNS = "tokens/s | step | power | SM clock | energy per token | clock limited by |"
+
+
+def _cells(gpu: Gpu, engine: Engine, arguments: argparse.Namespace) -> str:
+    with engine:
+        windows = observed(gpu, engine, window_s=arguments.window_s, windows=arguments.windows)
+    totals = [t for window in windows for t in (window.decode_steps, window.prefill_steps)]
+    tokens, steps = sum(total.tokens for total in totals), sum(total.steps for total in totals)
+    step_s = sum(total.time_s for total in totals) / steps
+    time_s = sum(window.duration_s for window in windows)
+    energy_j = sum(window.energy_j for window in windows)
+    clock_mhz = statistics.fmean(window.sm_clock_mhz for window in windows)
+    reasons = EventReason.NONE
+    for window in windows:
+        reasons |= window.event_reasons
+    return (
+        f"{tokens / time_s:,.1f} | {1e3 * step_s:.2f} ms | {energy_j / time_s:.1f} W | "
+        f"{clock_mhz:,.0f} MHz | {energy_j / tokens:.4f} J | "
+        f"{reasons.name if reasons else 'nothing'} |"
+    )
+
+
+def idle_line(gpu: Gpu, seconds: float) -> str:
+    """What the card draws with the weights loaded and nothing to do, the clocks its own."""
+    print("loaded, nothing to do", file=sys.stderr)
+    samples = []
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s:
+        time.sleep(0.05)
+        samples.append(gpu.read())
+    power_w = statistics.median(sample.power_w for sample in samples)
+    clocks_mhz = sorted(sample.sm_clock_mhz for sample in samples)
+    return (
+        f"Loaded, with nothing to do: {power_w:.1f} W, median of {seconds:g} s; SM clock "
+        f"{clocks_mhz[0]:,.0f} to {clocks_mhz[-1]:,.0f} MHz."
+    )
 
 
 def energy_check(gpu: Gpu, load: Load, seconds: float) -> Iterator[str]:
@@ -245,6 +288,9 @@ def report(load: Load, arguments: argparse.Namespace) -> Iterator[str]:
     )
     yield f"## Decode, by batch size\n\n{load.what}.\n"
     yield from decode_table(gpu, load, arguments)
+    yield "\n" + idle_line(gpu, arguments.idle_s)
+    yield "\n## Prefill, by length of the prompt\n"
+    yield from prefill_table(gpu, load, arguments)
     yield "\n## Energy counter, under matrix products\n"
     yield from energy_check(gpu, load, arguments.matmul_s)
     yield "\n## Which GPU it is\n"
@@ -271,6 +317,8 @@ def main(
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--context", type=int, default=1024, help="tokens in each KV cache")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, help="their lengths")
+    parser.add_argument("--idle-s", type=float, default=IDLE_S)
     parser.add_argument("--window-s", type=float, default=2.0)
     parser.add_argument("--windows", type=int, default=10, help="windows for each batch size")
     parser.add_argument("--matmul-s", type=float, default=20.0)

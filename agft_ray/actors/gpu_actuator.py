@@ -41,9 +41,9 @@ class GpuActuator:
         """Take the right to set clocks; see `Gpu.claim`."""
         self._gpu.claim()
 
-    def lock(self, arm: int) -> None:
+    def lock(self, setting: int) -> None:
         """Set a clock or limit; see `Gpu.lock`."""
-        self._gpu.lock(arm)
+        self._gpu.lock(setting)
 
     def reset(self) -> None:
         """Back to default clocks; see `Gpu.reset`."""
@@ -74,9 +74,9 @@ class RemoteGpu:
         """Take the right to set clocks; see `Gpu.claim`."""
         self._call("claim")
 
-    def lock(self, arm: int) -> None:
+    def lock(self, setting: int) -> None:
         """Set a clock or limit; see `Gpu.lock`."""
-        self._call("lock", arm)
+        self._call("lock", setting)
 
     def reset(self) -> None:
         """Back to default clocks; see `Gpu.reset`."""

@@ -56,7 +56,7 @@ class Gpu(Protocol):
         """Power, energy counter, clocks and event reasons, now."""
         ...
 
-    def lock(self, arm: int) -> None:
+    def lock(self, setting: int) -> None:
         """Lock the SM clock (or set the limit), to be called between `claim` and `release` only.
 
         As with NVML, success does not prove the clock: read it back.

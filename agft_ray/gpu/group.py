@@ -71,11 +71,11 @@ class GpuGroup:
         """Give the right to set clocks back; see `Gpu.release`."""
         _raise_first(_all(self._members, lambda gpu: gpu.release()))
 
-    def lock(self, arm: int) -> None:
+    def lock(self, setting: int) -> None:
         """Set a clock or limit; see `Gpu.lock`."""
         try:
             for gpu in self._members:
-                gpu.lock(arm)
+                gpu.lock(setting)
         except GpuError:
             _all(self._members, lambda gpu: gpu.reset())
             raise

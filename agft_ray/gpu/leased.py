@@ -86,11 +86,11 @@ class LeasedGpu:
         if self._guard is None or not self._guard.is_alive:
             self._guard = Guard.start(self._leases)
 
-    def lock(self, arm: int) -> None:
+    def lock(self, setting: int) -> None:
         """Set a clock or limit; see `Gpu.lock`."""
         self._check()
         self._is_due = True
-        self._gpu.lock(arm)
+        self._gpu.lock(setting)
         try:
             self._check()
         except LeaseLostError:

@@ -69,10 +69,10 @@ class SimulatedGpu(_SmClocks):
         with self._shared.transaction() as (device, now_s):
             return device.read(now_s)
 
-    def lock(self, arm: int) -> None:
+    def lock(self, setting: int) -> None:
         """Set a clock or limit; see `Gpu.lock`."""
         with self._shared.transaction() as (device, now_s):
-            device.lock(now_s, arm)
+            device.lock(now_s, setting)
 
     def reset(self) -> None:
         """Back to default clocks; see `Gpu.reset`."""
@@ -107,9 +107,9 @@ class InMemoryGpu(_SmClocks):
         """One reading; see `Gpu.read`."""
         return self._device.read(self._clock.now_s())
 
-    def lock(self, arm: int) -> None:
+    def lock(self, setting: int) -> None:
         """Set a clock or limit; see `Gpu.lock`."""
-        self._device.lock(self._clock.now_s(), arm)
+        self._device.lock(self._clock.now_s(), setting)
 
     def reset(self) -> None:
         """Back to default clocks; see `Gpu.reset`."""

@@ -28,6 +28,8 @@ class FakeLoad:
         return list_devices()[1].uuid
     def decode(self, batch):
         return lambda: time.sleep(0.02)
+    def prefill(self, tokens):
+        return lambda: time.sleep(0.03)
     def matmul(self):
         return lambda: time.sleep(0.01)
 
@@ -41,7 +43,7 @@ load = FailingLoad() if "--fail" in sys.argv else FakeLoad()
 given = [argument for argument in sys.argv[1:] if argument != "--fail"]
 sys.exit(example.main(given, make_load=lambda arguments: load))
 """
-QUICK = ["--window-s", "0.5", "--windows", "3", "--matmul-s", "2"]
+QUICK = "--window-s 0.5 --windows 3 --matmul-s 2 --idle-s 0.5 --prompts 100".split()
 BUSY_W = power_w(1980)
 
 
@@ -72,7 +74,7 @@ def report(fake, tmp_path_factory):
 
 
 def rows(report):
-    """The columns of the table, by batch size."""
+    """The columns of the tables, by batch size or length of the prompt."""
     found = re.findall(r"^\| (\d+) \|(.*)\|$", report, re.MULTILINE)
     return {int(batch): [c.strip() for c in cells.split("|")] for batch, cells in found}
 
@@ -84,15 +86,19 @@ def number(cell):
 def test_the_table_has_power_clock_and_energy_per_token_of_each_batch_size(report):
     assert report.startswith("# NVIDIA H100 80GB HBM3\n")
     assert "a fake load that sleeps" in report
-    assert set(rows(report)) == {1, 8}
+    assert set(rows(report)) == {1, 8, 100}
     for batch, cells in rows(report).items():
         tokens_per_s, step_ms, power, clock_mhz, energy_j = map(number, cells[:5])
-        assert step_ms >= 20.0
+        assert step_ms >= (30.0 if batch == 100 else 20.0)
         assert tokens_per_s == pytest.approx(batch * 1e3 / step_ms, rel=0.1)
         assert power == pytest.approx(BUSY_W, rel=0.03)
         assert clock_mhz == 1980
         assert energy_j == pytest.approx(BUSY_W / tokens_per_s, rel=0.03)
         assert cells[5] == "nothing"
+
+
+def test_what_a_loaded_and_idle_card_draws_is_said(report):
+    assert re.search(r"nothing to do: [\d.]+ W, median of 0.5 s; SM clock 1,980 to", report)
 
 
 def test_the_counter_agrees_with_integrated_power(report, fake):
@@ -166,7 +172,7 @@ def test_pytorchs_load_runs(fake):
     command = ["-c", code, "--device", "cpu", "--layers", "2", "--context", "16"]
     done = run(fake, [*command, "--batches", "1", "4", *QUICK])
     assert done.returncode == 0, done.stderr
-    assert set(rows(done.stdout)) == {1, 4}
+    assert set(rows(done.stdout)) == {1, 4, 100}
     assert "2 layers of the shape of Llama-3.1-8B" in done.stdout
     assert all(number(cells[0]) > 0 for cells in rows(done.stdout).values())
 

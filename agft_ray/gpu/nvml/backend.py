@@ -185,10 +185,10 @@ class NvmlGpu:
         """One reading; see `Gpu.read`."""
         return self._device.run("read", self._read)
 
-    def lock(self, arm: int) -> None:
+    def lock(self, setting: int) -> None:
         """Set a clock or limit; see `Gpu.lock`."""
         self._device.check_not_lost()
-        setting = self._supported(arm)
+        setting = self._supported(setting)
         if self._actuator is Actuator.SM_CLOCK:
             self._writer.lock_sm_clocks(setting, setting)
         else:
@@ -210,16 +210,16 @@ class NvmlGpu:
     def _read(self, nvml: NvmlCalls) -> GpuSample:
         return self._reader.read(nvml, self._locked)
 
-    def _supported(self, arm: int) -> int:
+    def _supported(self, setting: int) -> int:
         if not self.arms:
             self._find_arms()
-        if not self.arms[0] <= arm <= self.arms[-1]:
+        if not self.arms[0] <= setting <= self.arms[-1]:
             unit = "MHz" if self._actuator is Actuator.SM_CLOCK else "W"
             raise GpuArgumentError(
-                f"{self.uuid} cannot be locked at {arm} {unit}: choose from {self.arms[0]}.."
+                f"{self.uuid} cannot be locked at {setting} {unit}: choose from {self.arms[0]}.."
                 f"{self.arms[-1]} {unit}"
             )
-        return max(setting for setting in self.arms if setting <= arm)
+        return max(arm for arm in self.arms if arm <= setting)
 
     def _find_power_limit(self) -> None:
         if self._actuator is Actuator.POWER_LIMIT and self._restore_power_limit_w is None:
