@@ -120,7 +120,7 @@ def test_a_reused_pid_is_not_taken_for_the_holder(directory, path, paths):
 def test_a_holder_without_a_record_yet_is_told_as_such(directory, path, paths):
     lease = acquire(directory, path)
     os.unlink(paths.record)
-    with pytest.raises(LeaseHeldError, match="^(lease: )?GPU-0: ") as refusal:
+    with pytest.raises(LeaseHeldError, match=r"^(lease: )?GPU-0: ") as refusal:
         acquire(directory, path)
     assert "PID" not in str(refusal.value), "nobody knows it"
     lease.release()
@@ -193,7 +193,7 @@ def test_a_record_of_an_earlier_boot_needs_no_reset(directory, path, paths):
 def test_no_target_no_lease(directory, path, paths):
     with pytest.raises(GpuTransientError):
         Lease.acquire(directory, "GPU-0", fail, owner="a")
-    with pytest.raises(GpuArgumentError, match="backend must be .*'x'"):
+    with pytest.raises(GpuArgumentError, match=r"backend must be .*'x'"):
         Lease.acquire(
             directory, "GPU-0", lambda: simulated_target(path) | {"backend": "x"}, owner="a"
         )
