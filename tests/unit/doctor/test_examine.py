@@ -263,6 +263,7 @@ def test_mig(fake, facts):
     assert not gpu["can_control"]
     assert gpu["device"]["mig_enabled"]
     assert "MIG" in gpu["obstacles"][0]
+    assert not gpu["control_is_tried"]
     assert fake.log() == []
 
 
