@@ -288,7 +288,9 @@ def test_command(tmp_path, capsys):
     assert load_gpu_profile(out).models == {LLAMA: load_gpu_profile("rtx_a6000").models[LLAMA]}
 
     assert main([*command[:-1], str(tmp_path / "mine.txt")]) == 2
-    assert "must end in .yaml" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--out: " in error
+    assert ".yaml" in error
     file.write_text(f"{lines[0]}\n5000,1,,1,,\n5000,1,,1,,\n")
     assert main(command) == 2
     error = capsys.readouterr().err

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from golden_files import assert_golden
 
 from agft_ray.cli.app import EXAMPLES, _parser, main
 from agft_ray.serve.checks import simulated_app, validate_file
@@ -51,7 +52,7 @@ def test_validate_takes_several_files_and_names_the_mistakes_of_each(capsys, req
     bad.write_text("applications: 5")
     assert main(["validate", str(bad), str(good), str(tmp_path / "missing.yaml")]) == 2
     shown = capsys.readouterr()
-    assert f"{good}: valid. 3 replicas" in shown.out
+    assert f"{good}: valid" in shown.out
     assert str(bad) in shown.err
     assert "missing.yaml" in shown.err
 
@@ -97,10 +98,9 @@ def test_output_that_nobody_reads_any_more_is_no_error(request):
 
 
 def test_validate_says_what_will_run(capsys, request):
-    assert main(["validate", str(request.config.rootpath / CONFIG)]) == 0
-    shown = capsys.readouterr().out
-    for what in ("3 replicas", "llama-3.1-8b", "rtx_a6000", "1 held out", "control", "agft", "edp"):
-        assert what in shown
+    path = request.config.rootpath / CONFIG
+    assert main(["validate", str(path)]) == 0
+    assert_golden("validate", capsys.readouterr().out, {str(path): f"<{CONFIG}>"})
 
 
 def test_user_config_takes_the_place_of_tuner(edited):

@@ -313,7 +313,7 @@ def test_one_gpu_that_fails_does_not_hide_the_other(fake, facts):
     fake.gpu(1).fail("any", 15)
     found = facts()
     assert [gpu["can_control"] for gpu in found["gpus"]] == [True, False]
-    assert "fell off the bus" in found["gpus"][1]["obstacles"][0]
+    assert "NVML code 15" in found["gpus"][1]["obstacles"][0]
     assert facts("--gpu", fake.gpu(0).uuid)["can_control"]
 
 

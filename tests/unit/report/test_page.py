@@ -191,4 +191,6 @@ def test_what_is_no_run_is_named(tmp_path, capsys, make, named):
 
 def test_the_page_must_be_html(tmp_path, capsys):
     assert main(["report", str(tmp_path), "--out", "report.json"]) == 2
-    assert "must end in .html" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "report.json" in error
+    assert ".html" in error
