@@ -10,6 +10,8 @@ from pathlib import Path
 
 GOLDEN = Path(__file__).parent / "golden"
 UPDATE = "AGFT_RAY_UPDATE_GOLDEN"
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+"""A terminal's; FORCE_COLOR makes rich print them into files, too."""
 
 
 def assert_golden(screen, text, replaced=None):
@@ -17,10 +19,11 @@ def assert_golden(screen, text, replaced=None):
 
     Args:
         screen: name of the file, without its suffix.
-        text: what was printed; blanks at the ends of lines do not count.
+        text: what was printed; colours and blanks at the ends of lines do not count.
         replaced: what differs from run to run, and the placeholder that stands for it: a string,
             or a compiled pattern. Each must occur.
     """
+    text = COLOURS.sub("", text)
     for changing, placeholder in (replaced or {}).items():
         pattern = changing if isinstance(changing, re.Pattern) else re.escape(changing)
         text, count = re.subn(pattern, lambda _, to=placeholder: to, text)

@@ -17,7 +17,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_same_text_but_for_what_changes(folder):
-    assert_golden("screen", "one  \n12.5 ms", {re.compile(r"[\d.]+ ms"): "<time>"})
+    assert_golden("screen", "\x1b[1;31mone\x1b[0m  \n12.5 ms", {re.compile(r"[\d.]+ ms"): "<time>"})
 
 
 def test_another_text_is_shown_as_a_diff_with_the_way_to_accept_it(folder):
