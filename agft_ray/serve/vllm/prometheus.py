@@ -51,7 +51,6 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 OPTIONAL = frozenset({"prefix_cache_queries", "prefix_cache_hits", "preemptions"})
 """Read as none where they are missing: no clock is judged by them."""
-_SUMS_S = frozenset({"ttft_sum_s", "itl_sum_s", "e2e_sum_s"})
 _KNOWN = frozenset(name for names in NAMES.values() for name in names)
 _SERIES = re.compile(r"([^\s{]+)(?:\{(.*)\})?\s+(\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -83,7 +82,7 @@ def engine_sample(
         raise StaleMetricsError(f"missing in vLLM's metrics: {looked}")
     sums = {q: math.fsum(values.get(q, ())) for q in NAMES}
     kv_cache_usage = sums.pop("kv_cache_usage") / len(values["kv_cache_usage"])
-    numbers = {q: value if q in _SUMS_S else round(value) for q, value in sums.items()}
+    numbers = {q: value if q.endswith("_s") else round(value) for q, value in sums.items()}
     return EngineSample(t_s=t_s, kv_cache_usage=kv_cache_usage, **numbers)  # type: ignore[arg-type]
 
 
