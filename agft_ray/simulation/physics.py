@@ -116,7 +116,7 @@ def _utilization_w(
         + _core_w(power, sm_clock_mhz) * core_ms
         + busy.memory_w * reading_ms
     )
-    return energy_mj / (_host_ms(model, work) + busy_ms)
+    return float(energy_mj / (_host_ms(model, work) + busy_ms))
 
 
 def step_time_s(model: ModelProfile, work: StepWork, sm_clock_mhz: float) -> float:

@@ -45,17 +45,6 @@ sys.exit(example.main(given, make_load=lambda arguments: load))
 """
 QUICK = ["--window-s", "0.5", "--windows", "3", "--matmul-s", "2", "--idle-s", "0.5"]
 QUICK += ["--prompts", "100"]
-    "--window-s",
-    "0.5",
-    "--windows",
-    "3",
-    "--matmul-s",
-    "2",
-    "--idle-s",
-    "0.5",
-    "--prompts",
-    "100",
-]
 BUSY_W = power_w(1980)
 
 
