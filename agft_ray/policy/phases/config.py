@@ -1,0 +1,53 @@
+"""Settings of the policy `phases`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from agft_ray.config import Count, NonNegative, Positive, Share, StrictModel
+
+
+class PhasesConfig(StrictModel):
+    """Settings of the policy `phases`."""
+
+    name: Literal["phases"] = "phases"
+    """The policy."""
+    objective: Literal["energy", "edp", "ed2p"] = "energy"
+    """What is least, within the bounds: energy x E2E^m with m = 0, 1 or 2."""
+    bound: Annotated[float, Field(gt=0, le=1)] = 0.10
+    """How much longer mean TTFT, TPOT and E2E may be than at default clocks, as a share."""
+    margin: Annotated[float, Field(ge=0, lt=0.1)] = 0.005
+    """How far below the bound predictions must stay."""
+    ttft_slo_s: Positive | None = None
+    """Mean TTFT in s that takes the place of its relative bound."""
+    tpot_slo_s: Positive | None = None
+    """Mean TPOT in s that takes the place of its relative bound."""
+    e2e_slo_s: Positive | None = None
+    """Mean time in s of a whole request that takes the place of its relative bound."""
+    clocks: Literal["auto", "one", "pair"] = "auto"
+    """One clock for prefill and decode, or one each; auto: one each where a prefill step is long
+    against a clock change."""
+    switch_s: NonNegative = 0.03
+    """Time from the knowledge that a prompt is there until its clock is."""
+    baseline_decode_steps: Count = 100
+    """Decode steps at default clocks before the first step down."""
+    baseline_prefill_steps: Count = 6
+    """Steps with prefill at default clocks before the first step down of their clock."""
+    walk: Annotated[float, Field(gt=0, le=0.2)] = 0.08
+    """How far below the lowest clock measured a clock may lie, as a share of it."""
+    gain: Annotated[float, Field(ge=0, lt=0.1)] = 0.002
+    """Predicted gain for which a plan is changed, as a share."""
+    memory_s: Annotated[float, Field(ge=10)] = 150.0
+    """Time over which the load is averaged."""
+    forgetting: Annotated[float, Field(gt=0.99, le=1)] = 0.999
+    """Discount of what the models know, per window: half is forgotten in 693."""
+    probe_share: Annotated[float, Field(ge=0, le=0.01)] = 0.003
+    """Share of the time spent at default clocks to measure them again."""
+    high_kv_cache_usage: Share = 0.8
+    """KV cache usage above which default clocks are set."""
+    calm_windows: Count = 5
+    """Windows without pressure (KV cache, preemptions, a growing queue) before it is over."""
+    max_drift: Annotated[float, Field(gt=0)] = 0.12
+    """Mean relative error of predicted step times beyond which all is learned anew."""

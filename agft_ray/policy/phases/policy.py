@@ -1,0 +1,292 @@
+"""The policy `phases`: the cheapest clocks for prefill, decode and an empty engine within bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from agft_ray.policy.experience import Experience, Prior
+from agft_ray.policy.phases import load as loads
+from agft_ray.policy.phases import power, step_time
+from agft_ray.policy.phases.choice import Choice, Models, choose, idle_kind
+from agft_ray.policy.phases.config import PhasesConfig
+from agft_ray.policy.phases.latency import left_of_switch_s
+from agft_ray.policy.phases.power import PowerSums
+from agft_ray.policy.phases.pressure import Pressure
+from agft_ray.policy.phases.work import WorkSums, decode_work, key_of, prefill_work
+from agft_ray.policy.statistics import is_evidence
+from agft_ray.types import Arm, Context, Decision, Outcome, Plan, Window
+
+SNAPSHOT_SCHEMA = 1
+MIN_DECODE_STEPS, MIN_PREFILL_STEPS = 12.0, 2.0
+"""Steps at a clock from which on it counts as measured: none lower is tried before."""
+DRIFT_GAIN = 0.1
+"""Weight of a window in the mean error of predicted step times."""
+RELEARN_FACTOR = 0.02
+"""What is left of the evidence after a drift."""
+PROBE_UTILIZATION = 0.8
+"""No default clocks to measure them where an engine is busier."""
+
+
+class _State(BaseModel):
+    """What is remembered besides the sums: JSON-able, without NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    load: list[float] = [0.0] * loads.SIZE
+    now: tuple[int | None, int | None, int | None] = (None, None, None)
+    """The plan of the last window."""
+    held: tuple[int | None, int | None, int | None] = (None, None, None)
+    """The last plan that was not default clocks: where to go on after them."""
+    seen_s: float = 0.0
+    """Time learned from since the last probe, or since the baseline was there."""
+    probe_s: float = 0.0
+    """How long a probe takes: the length of a window."""
+    errors: tuple[float, float] = (0.0, 0.0)
+    """Mean relative errors of predicted times of prefill and decode steps."""
+    ready: tuple[bool, bool] = (False, False)
+    """Enough was seen of prefill, of decode, at default clocks."""
+    relearned: int = 0
+    """How often what was learned was given up."""
+    windows: int = 0
+
+
+class PhasesPolicy:
+    """Learns step times and power by phase, predicts, and takes the cheapest plan within bounds.
+
+    What the models are: `step_time`, `power`, `latency`; how a plan is chosen, and why walking
+    down is safe: `choice`. It begins at default clocks, returns there under pressure
+    (`pressure`), and for a window now and then to measure them again. Where step times are not
+    what was predicted for long, it begins anew. All depends on windows only, so `select` is pure.
+    """
+
+    name = "phases"
+
+    def __init__(self, config: PhasesConfig) -> None:
+        self._config = config
+        self._prefill, self._decode = WorkSums(), WorkSums()
+        self._power = PowerSums()
+        self._state = _State()
+        self._pressure = Pressure()
+        self._cached: tuple[Any, Models] | None = None
+
+    # -- choosing ------------------------------------------------------------------------------
+
+    def select(self, context: Context, arms: Sequence[int]) -> Decision:
+        """See `Policy.select`."""
+        if not arms:
+            return Decision(None, "no arms")
+        default = Plan.of(None)
+        may = self._state.ready
+        if self._pressure.is_on(self._config):
+            return Decision.of(default, "pressure")
+        if not may[1]:
+            return Decision.of(default, "baseline")
+        if self._probe_is_due(arms):
+            return Decision.of(default, "probe")
+        choice = self._choose(arms, may)
+        return Decision.of(default, "bound") if choice is None else _decision(choice, self._now)
+
+    def select_idle(self, arms: Sequence[int]) -> Decision:
+        """See `Policy.select_idle`."""
+        if not arms:
+            return Decision(None, "no arms")
+        decision = self.select(Context((), 0), arms)
+        idle = decision.chosen.idle
+        if decision.reason in ("baseline", "probe", "pressure"):
+            idle = min(arms)
+        return Decision(idle, "idle")
+
+    def _choose(self, arms: Sequence[int], may: tuple[bool, bool]) -> Choice | None:
+        return choose(self._config, self._models(max(arms)), arms, Plan(*self._state.held), may)
+
+    def _probe_is_due(self, arms: Sequence[int]) -> bool:
+        share, state = self._config.probe_share, self._state
+        if not share or state.seen_s * share < state.probe_s:
+            return False
+        return self._models(max(arms)).load.utilization < PROBE_UTILIZATION
+
+    @property
+    def _now(self) -> Plan:
+        return Plan(*self._state.now)
+
+    def _models(self, top_mhz: float) -> Models:
+        key = self._state.windows, self._state.relearned, top_mhz
+        if self._cached is None or self._cached[0] != key:
+            prefill = step_time.fit(self._prefill, top_mhz, MIN_PREFILL_STEPS)
+            decode = step_time.fit(self._decode, top_mhz, MIN_DECODE_STEPS)
+            load = loads.load_of(self._state.load, prefill, decode)
+            lowest = prefill.lowest_mhz, decode.lowest_mhz
+            powers = power.fit(self._power, top_mhz, math.log1p(load.others), lowest)
+            self._cached = key, Models(prefill, decode, powers, load)
+        return self._cached[1]
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def update(self, outcome: Outcome) -> None:
+        """See `Policy.update`."""
+        if not is_evidence(outcome):
+            return
+        window = outcome.window
+        plan = window.plan or Plan.of(window.arm)
+        state, config = self._state, self._config
+        self._pressure.see(window, config)
+        self._notice_drift(window, plan)
+        self._prefill.forget(config.forgetting)
+        self._decode.forget(config.forgetting)
+        self._power.scale(config.forgetting)
+        self._learn_steps(window, plan)
+        self._learn_power(window, plan)
+        totals = loads.totals_of(window)
+        running = loads.averaged(
+            np.array(state.load), totals, window.duration_s, config.memory_s
+        )
+        state.load = running.tolist()
+        state.now = plan.arms
+        if not plan.is_default:
+            state.held = plan.arms
+        state.windows += 1
+        state.probe_s = window.duration_s
+        state.ready = (
+            state.ready[0] or self._prefill.default_steps() >= config.baseline_prefill_steps,
+            state.ready[1] or self._decode.default_steps() >= config.baseline_decode_steps,
+        )
+        at_default = plan.is_default or not all(state.ready)
+        state.seen_s = 0.0 if at_default else state.seen_s + window.duration_s
+
+    def _learn_steps(self, window: Window, plan: Plan) -> None:
+        prefill, decode = window.prefill_steps, window.decode_steps
+        if prefill.steps and prefill.time_s > 0:
+            time_s = prefill.time_s - self._lag_s(window, plan)
+            self._prefill.add(key_of(plan.prefill), prefill_work(window), time_s, prefill.steps)
+        if decode.steps and decode.time_s > 0:
+            work = decode_work(window)
+            self._decode.add(key_of(plan.decode), work, decode.time_s, decode.steps)
+
+    def _lag_s(self, window: Window, plan: Plan) -> float:
+        """Time that the steps with prefill lost as they began at the clocks before their own."""
+        if self._cached is None or plan.prefill is None:
+            return 0.0
+        prefill, decode = window.prefill_steps, window.decode_steps
+        idle_s = max(0.0, window.duration_s - prefill.time_s - decode.time_s)
+        step_s = decode.time_s / decode.steps if decode.steps else 0.0
+        slowdown = self._cached[1].prefill.expected
+        here, *before = slowdown(np.array([plan.prefill, *(
+            arm or plan.prefill for arm in (plan.decode, plan.idle)
+        )], dtype=float))
+        lost = [max(0.0, 1.0 - here / each) for each in before]
+        switch_s = self._config.switch_s
+        lag_s = decode.time_s * left_of_switch_s(step_s, switch_s) * lost[0]
+        lag_s += idle_s * switch_s * lost[1]
+        each_s = lag_s / max(decode.time_s + idle_s, 1e-9)
+        return float(min(prefill.steps * each_s, 0.3 * prefill.time_s))
+
+    def _learn_power(self, window: Window, plan: Plan) -> None:
+        duration_s = window.duration_s
+        prefill_s, decode_s = window.prefill_steps.time_s, window.decode_steps.time_s
+        if duration_s <= 0 or not window.iterations or prefill_s + decode_s <= 0:
+            return
+        # Steps are counted when they end: more time than there was is of the window before.
+        scale = max(1.0, (prefill_s + decode_s) / duration_s) * duration_s
+        shares = [prefill_s / scale, decode_s / scale]
+        shares.append(max(0.0, 1.0 - sum(shares)))
+        steps = window.decode_steps
+        batch = steps.tokens / steps.steps if steps.steps else 1.0
+        x = power.exposure(shares, (plan.prefill, plan.decode), idle_kind(plan, None), batch)
+        self._power.add(x, window.mean_power_w, shares[2] * duration_s)
+
+    def _notice_drift(self, window: Window, plan: Plan) -> None:
+        """Compare step times at clocks already measured with what the models say."""
+        if self._cached is None or not all(self._state.ready):
+            return
+        models, state = self._cached[1], self._state
+        errors = list(state.errors)
+        for i, (times, totals, work, arm) in enumerate(
+            (
+                (models.prefill, window.prefill_steps, prefill_work(window), plan.prefill),
+                (models.decode, window.decode_steps, decode_work(window), plan.decode),
+            )
+        ):
+            if arm is not None and arm < times.lowest_mhz or not totals.steps:
+                continue
+            expected_s = times.base_s(work) * _slowdown(times, arm)
+            if expected_s > 0:
+                error = max(-1.0, min(1.0, math.log(totals.time_s / expected_s)))
+                errors[i] += DRIFT_GAIN * (error - errors[i])
+        state.errors = errors[0], errors[1]
+        if max(map(abs, errors)) > self._config.max_drift:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        for sums in (self._prefill, self._decode, self._power):
+            sums.scale(RELEARN_FACTOR)
+        self._state.errors = 0.0, 0.0
+        self._state.ready = False, False
+        self._state.relearned += 1
+
+    # -- sharing, keeping, telling -------------------------------------------------------------
+
+    def experience(self) -> Experience | None:
+        """Nothing yet: the sums could be added over replicas, but not in today's form."""
+        return None
+
+    def merge(self, prior: Prior) -> None:
+        """Nothing of others is of use yet."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """The whole state; see `Policy.snapshot`."""
+        return {
+            "schema": SNAPSHOT_SCHEMA,
+            "settings": self._config.model_dump(mode="json"),
+            "state": self._state.model_dump(mode="json"),
+            "pressure": self._pressure.model_dump(mode="json"),
+            "prefill": self._prefill.snapshot(),
+            "decode": self._decode.snapshot(),
+            "power": self._power.snapshot(),
+        }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Continue from a snapshot; see `Policy.restore`."""
+        expected = {"schema": SNAPSHOT_SCHEMA, "settings": self._config.model_dump(mode="json")}
+        for name, value in expected.items():
+            if snapshot.get(name) != value:
+                raise ValueError(
+                    f"snapshot: {name} is {snapshot.get(name)}, this policy has {value}; start anew"
+                )
+        try:
+            state = _State.model_validate(snapshot["state"])
+            pressure = Pressure.model_validate(snapshot["pressure"])
+            prefill, decode = (WorkSums.restored(snapshot[name]) for name in ("prefill", "decode"))
+            powers = PowerSums.restored(snapshot["power"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"snapshot of phases is malformed: {error!r}") from None
+        self._state, self._pressure, self._power = state, pressure, powers
+        self._prefill, self._decode = prefill, decode
+        self._cached = None
+
+    def status(self) -> dict[str, Any]:
+        """Figures for people."""
+        state = self._state
+        learning = not self._state.ready[1]
+        phase = "pressure" if self._pressure.is_on(self._config) else "learn" if learning else "tune"
+        prefill, decode, idle = state.now
+        return {
+            "phase": phase,
+            "prefill_sm_clock_mhz": prefill,
+            "decode_sm_clock_mhz": decode,
+            "idle_sm_clock_mhz": idle,
+            "step_time_errors": [round(error, 4) for error in state.errors],
+            "relearned": state.relearned,
+        }
+
+
+def _decision(choice: Choice, now: Plan) -> Decision:
+    return Decision.of(choice.plan, "hold" if choice.plan == now else "cheapest")
+
+
+def _slowdown(times: step_time.StepTimes, arm: Arm) -> float:
+    return 1.0 if arm is None else float(times.slowdown(np.array([float(arm)]))[0])

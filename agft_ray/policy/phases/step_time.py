@@ -1,0 +1,124 @@
+"""Step time of a phase: `t = (b . w) h(f)`, b the cost of work w at default clocks, h the slowdown.
+
+h is 1 at default clocks, does not fall as the clock does, and rises at most as 1/f: nothing on a
+GPU slows faster than its clock. It is piecewise linear in f_max/f (a P-spline: Eilers and Marx,
+Statistical Science 11(2), 1996: second differences of its values at knots are penalised), b a ridge
+regression; each is fitted with the other held, in turn, on sums by clock (`work.WorkSums`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from agft_ray.policy.phases.work import FEATURES, WorkSums
+
+KNOTS = np.linspace(1.0, 4.0, 31)
+"""Of f_max/f."""
+ROUNDS = 4
+RIDGE = 1e-4
+"""Penalty on b as a share of its features' own weight."""
+ROUGHNESS = 0.3
+"""Penalty on second differences of h, in windows. 0.04 in one is what a crossover needs."""
+LEVEL = 1e-3
+"""Pull of h to 1, in windows: only where nothing is known."""
+DEFAULT_WEIGHT = 1e5
+"""h is 1 at the highest clock as if so many windows had shown it: no lock is faster."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """A fitted model of one phase. `clocks_mhz` and `slowdowns` are of what was measured."""
+
+    costs: np.ndarray
+    """b (4,), in s per unit of work at default clocks."""
+    top_mhz: float
+    clocks_mhz: np.ndarray
+    """Measured with enough steps, ascending."""
+    slowdowns: np.ndarray
+    """h there."""
+    curve: np.ndarray
+    """h at the knots."""
+
+    def base_s(self, work: np.ndarray) -> float:
+        """Time of this work at default clocks, in s."""
+        return float(max(self.costs @ work, 0.0))
+
+    @property
+    def lowest_mhz(self) -> float:
+        """The lowest clock measured; the highest there is if none was."""
+        return float(self.clocks_mhz[0]) if len(self.clocks_mhz) else self.top_mhz
+
+    def expected(self, clocks_mhz: np.ndarray) -> np.ndarray:
+        """h at clocks, as good a guess below the lowest one measured as above it."""
+        return np.interp(self.top_mhz / clocks_mhz, KNOTS, self.curve)
+
+    def slowdown(self, clocks_mhz: np.ndarray) -> np.ndarray:
+        """h at clocks. Below the lowest one measured the worst that can be: as 1/f."""
+        lowest = self.lowest_mhz
+        inside = np.interp(self.top_mhz / np.maximum(clocks_mhz, lowest), KNOTS, self.curve)
+        return np.asarray(inside * np.maximum(lowest / clocks_mhz, 1.0))
+
+
+ALIKE = 0.012
+"""Clocks that differ by less, as a share, are measured together."""
+
+
+def fit(sums: WorkSums, top_mhz: float, min_steps: float) -> StepTimes:
+    """The model of a phase from its sums; clocks with fewer steps are not taken as measured."""
+    clocks = sums.clocks(top_mhz)
+    basis = _hats(top_mhz / clocks)
+    # From default clocks alone: begun elsewhere, b would take for work what the clock has done.
+    costs = _costs(sums, np.eye(1, len(clocks))[0])
+    for _ in range(ROUNDS):
+        curve = _curve(sums, costs, basis)
+        costs = _costs(sums, np.where(np.arange(len(clocks)) == 0, 1.0, basis @ curve))
+    curve = _possible(_curve(sums, costs, basis))
+    near = np.abs(np.log(clocks[:, None] / clocks[None, :])) < ALIKE
+    near[:, 0] = False
+    known = (near @ sums.steps >= min_steps) & (np.arange(len(clocks)) > 0)
+    order = np.argsort(clocks[known])
+    measured = clocks[known][order]
+    return StepTimes(costs, top_mhz, measured, (basis @ curve)[known][order], curve)
+
+
+def _hats(x: np.ndarray) -> np.ndarray:
+    """Shares (K, knots) by which values at the knots are interpolated at x."""
+    step = KNOTS[1] - KNOTS[0]
+    x = np.clip(x, KNOTS[0], KNOTS[-1])
+    return np.asarray(np.maximum(0.0, 1.0 - np.abs(x[:, None] - KNOTS[None, :]) / step))
+
+
+def _costs(sums: WorkSums, slowdowns: np.ndarray) -> np.ndarray:
+    gram = np.einsum("k,kij->ij", slowdowns**2, sums.grams)
+    response = slowdowns @ sums.responses
+    penalty = np.diag(RIDGE * np.diagonal(gram) + 1e-9)
+    return np.linalg.solve(gram + penalty, response)
+
+
+def _curve(sums: WorkSums, costs: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    weights = np.einsum("i,kij,j->k", costs, sums.grams, costs)
+    pulls = sums.responses @ costs
+    locked = basis[1:]
+    left = locked.T @ (weights[1:, None] * locked) + _SMOOTH
+    left[0, 0] += DEFAULT_WEIGHT
+    right = locked.T @ pulls[1:] + LEVEL
+    right[0] += DEFAULT_WEIGHT
+    return np.linalg.solve(left, right)
+
+
+def _possible(curve: np.ndarray) -> np.ndarray:
+    """Not below 1, never falling, and rising at most as x."""
+    result = np.maximum.accumulate(np.maximum(curve, 1.0))
+    for i in range(1, len(result)):
+        result[i] = min(result[i], result[i - 1] * KNOTS[i] / KNOTS[i - 1])
+    return result
+
+
+def _smoothness() -> np.ndarray:
+    second = np.diff(np.eye(len(KNOTS)), 2, axis=0)
+    return np.asarray(ROUGHNESS * second.T @ second + LEVEL * np.eye(len(KNOTS)))
+
+
+_SMOOTH = _smoothness()
