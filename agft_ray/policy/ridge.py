@@ -46,8 +46,10 @@ class Ridge:
 
     def learn(self, x: np.ndarray, y: float) -> None:
         """Add one sample, discounting those before it."""
-        self._gram = self._forgetting * self._gram + np.outer(x, x)
-        self._response = self._forgetting * self._response + y * x
+        self._gram *= self._forgetting
+        self._gram += x[:, None] * x
+        self._response *= self._forgetting
+        self._response += y * x
         self.samples += 1
         self._theta = None
 

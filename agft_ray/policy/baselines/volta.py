@@ -130,12 +130,11 @@ class VoltaGovernor:
 
     def _lowest_allowed(self, phase: _Phase) -> int:
         """Place in the list of one below the lowest clock that is known well enough."""
-        known = [
-            place
-            for place, level in enumerate(self._levels)
-            if phase.steps[level] >= self._config.learn_steps
-        ]
-        return max(0, min(known, default=len(self._levels)) - 1)
+        steps, enough = phase.steps, self._config.learn_steps
+        for place, level in enumerate(self._levels):
+            if steps[level] >= enough:
+                return max(0, place - 1)
+        return max(0, len(self._levels) - 1)
 
     def choose_idle(self, arms: Sequence[int]) -> Arm:
         """The lowest clock; after it, the first step starts anew and is not held down."""
@@ -188,11 +187,7 @@ class _Phase:
 
 
 def _features(step: StepSample, sm_clock_mhz: int) -> np.ndarray:
-    tokens = step.prefill_tokens + step.decode_sequences
-    base = (
-        1.0,
-        tokens / UNIT_TOKENS[step.has_prefill],
-        step.context_tokens / UNIT_CONTEXT_TOKENS,
-    )
+    tokens = (step.prefill_tokens + step.decode_sequences) / UNIT_TOKENS[step.has_prefill]
+    context = step.context_tokens / UNIT_CONTEXT_TOKENS
     scale = UNIT_MHZ / sm_clock_mhz
-    return np.array([*base, *(value * scale for value in base)])
+    return np.array((1.0, tokens, context, scale, tokens * scale, context * scale))
