@@ -26,17 +26,14 @@ class GovernedSteps:
         engine: BatchingEngine,
     ) -> None:
         self.governor = governor
+        self.is_steady = bool(getattr(governor, "is_steady", False))
+        """See `StepHook`."""
         self.clock_changes = 0
         self._arms, self._device, self._engine = arms, device, engine
         self._locked: Arm = None
         self._step: StepSample | None = None
         self._last_step_s: float | None = None
         self._last_sm_clock_mhz: int | None = None
-
-    @property
-    def is_steady(self) -> bool:
-        """See `StepHook`."""
-        return bool(getattr(self.governor, "is_steady", False))
 
     def before_step(self, t_s: float, work: StepWork) -> None:
         """Ask about the step and set the clock."""
