@@ -11,6 +11,8 @@ import numpy as np
 
 from agft_ray.clock import ManualClock
 from agft_ray.gpu.simulated import InMemoryGpu
+from agft_ray.policy.registry import build_policy
+from agft_ray.policy.static import StaticPolicy
 from agft_ray.policy.step import StepGovernor
 from agft_ray.settings import TunerConfig
 from agft_ray.simulation.device import Device
@@ -21,11 +23,14 @@ from agft_ray.simulation.profiles import GpuProfile
 from agft_ray.simulation.virtual_engine import VirtualEngine
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
-from agft_ray.tuner import Tuner, WindowRecord
+from agft_ray.tuner import READINGS_PER_WINDOW, Tuner, WindowRecord
 from agft_ray.types import Arm, EngineSample
 from agft_ray.virtual.governed import GovernedSteps
 from agft_ray.virtual.routers import RouterName
 from agft_ray.workloads.requests import Request, RequestTimings
+
+INBOX_SAMPLES = 4 * READINGS_PER_WINDOW
+"""Engine statistics kept for a tuner: more than a window's, one for each time it wakes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +138,7 @@ class VirtualReplica:
             setup.engine.for_model(model), functools.partial(prefill_attention_s, model)
         )
         self._gpu = InMemoryGpu(self._device, self.clock, uuid=f"GPU-simulated-{index}")
-        self._inbox = EngineInbox()
+        self._inbox = EngineInbox(INBOX_SAMPLES)
         self._governed: GovernedSteps | None = None
         self.tuner: Tuner | None = None
         self._wake_s = math.inf
@@ -154,8 +159,15 @@ class VirtualReplica:
             self._governed.on_empty(0.0)
 
     def _new_tuner(self) -> Tuner:
+        config = _reseeded(self._setup.tuner, self._setup.stream(self.index))
+        policy = build_policy(config.policy)
+        # Each reading cuts a series of decode steps. A policy that learns nothing needs none
+        # within the window: they place its energy, and average its clock and queue.
+        readings = 1 if isinstance(policy, StaticPolicy) else READINGS_PER_WINDOW
         return Tuner(
-            _reseeded(self._setup.tuner, self._setup.stream(self.index)),
+            config,
+            policy=policy,
+            readings_per_window=readings,
             gpu=self._gpu,
             engine=self._inbox,
             serve=ServeMetrics(max_age_s=0.0),
