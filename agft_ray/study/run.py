@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,7 +115,11 @@ def fleet_setup(scenario: Scenario, spec: PolicySpec, seed: int) -> FleetSetup:
 
 def _governors(settings: GovernorConfig) -> Callable[[int], StepGovernor]:
     """One for each replica; they learn separately."""
-    return lambda replica: build_governor(settings)
+    return functools.partial(_governor, settings)
+
+
+def _governor(settings: GovernorConfig, replica: int) -> StepGovernor:
+    return build_governor(settings)
 
 
 def _run(job: Job, rows: RunRows, totals: FleetTotals) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -110,6 +110,9 @@ class Listeners:
     """A tuner has finished a control step."""
 
 
+LISTENERS = tuple(field.name for field in fields(Listeners))
+
+
 @dataclass(frozen=True, slots=True)
 class _GridPoint:
     """The cumulative figures at a point of the grid."""
@@ -117,6 +120,16 @@ class _GridPoint:
     engine: EngineSample
     energy_j: float
     sm_clock_mhz_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaTotals:
+    """What came of one replica."""
+
+    energy_j: float
+    clock_changes: int
+    engine: EngineSample
+    """Its engine's statistics at the end, counted from the start."""
 
 
 class VirtualReplica:
@@ -196,6 +209,10 @@ class VirtualReplica:
     def sample(self) -> EngineSample:
         """The engine's statistics now."""
         return self._engine.sample(self.clock.now_s())
+
+    def totals(self) -> ReplicaTotals:
+        """What has come of it so far."""
+        return ReplicaTotals(self.energy_j, self.clock_changes, self.sample())
 
     def submit(self, request: Request) -> None:
         """Hand over a request that arrives now, and wake a tuner that waits for work, as under Ray.
