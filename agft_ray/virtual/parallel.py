@@ -50,24 +50,33 @@ class Workers:
 
     def run(self, requests: Iterable[Request], on_progress: Callable[[float], None]) -> float:
         """Simulate until every request is answered; the time then, on the grid."""
-        now_s = 0.0
+        now_s, is_under_way = 0.0, False
         for arrivals in _rounds(self._routed(requests)):
-            now_s = arrivals[-1][0].arrival_s
-            self._round("take", [(self._part(arrivals, n),) for n in range(self._count)])
-            on_progress(now_s)
+            parts = [(self._part(arrivals, number),) for number in range(self._count)]
+            if is_under_way:  # only now: the next round was made ready meanwhile
+                self._finish()
+                on_progress(now_s)
+            now_s, is_under_way = arrivals[-1][0].arrival_s, True
+            self._start("take", parts)
+        if is_under_way:
+            self._finish()
         grid_s = self._setup.grid_s
-        for windows in itertools.count(math.ceil(max(self._setup.duration_s, now_s) / grid_s)):
-            if all(self._round("advance_to", [(windows * grid_s,)] * self._count)):
-                on_progress(windows * grid_s)
-                break
+        windows = math.ceil(max(self._setup.duration_s, now_s) / grid_s)
+        while not all(self._round("advance_to", windows * grid_s)):
+            windows += 1
+        on_progress(windows * grid_s)
         return windows * grid_s
 
     def totals(self) -> list[ReplicaTotals]:
         """End the run; what came of each replica."""
         found: dict[int, ReplicaTotals] = {}
-        for part in self._round("close", [()] * self._count):
+        for part in self._round("close"):
             found |= part
         return [found[index] for index in range(self._setup.replicas)]
+
+    def cpu_s(self) -> list[float]:
+        """CPU seconds that each process has used."""
+        return self._round("cpu_s")
 
     def close(self) -> None:
         """End the processes, wherever they are."""
@@ -86,10 +95,17 @@ class Workers:
         count = self._count
         return [each for each in arrivals if any(i % count == number for i in each[1])]
 
-    def _round(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Have every worker do something; what they answer. Tells what happened meanwhile."""
+    def _round(self, name: str, *arguments: Any) -> list[Any]:
+        """Have every worker do the same; what they answer."""
+        self._start(name, [arguments] * self._count)
+        return self._finish()
+
+    def _start(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> None:
         for connection, given in zip(self._orders, arguments, strict=True):
             connection.send((name, *given))
+
+    def _finish(self) -> list[Any]:
+        """What all workers answer; tells what happened meanwhile."""
         results, told, rejected = zip(*(_answer(each) for each in self._orders), strict=True)
         self.rejected = sum(rejected)
         for listener, what in itertools.chain.from_iterable(told):

@@ -4,6 +4,7 @@ who gets a request."""
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -146,6 +147,10 @@ class Share:
         for replica in self._ours.values():
             replica.close()
         return totals
+
+    def cpu_s(self) -> float:
+        """CPU seconds that this process has used."""
+        return time.process_time()
 
     def told(self) -> list[Event]:
         """What happened since the last call, in order of time for each replica."""
