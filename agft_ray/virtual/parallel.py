@@ -56,7 +56,7 @@ class Workers:
             if is_under_way:  # only now: the next round was made ready meanwhile
                 self._finish()
                 on_progress(now_s)
-            now_s, is_under_way = arrivals[-1][0].arrival_s, True
+            now_s, is_under_way = arrivals[-1][1].arrival_s, True
             self._start("take", parts)
         if is_under_way:
             self._finish()
@@ -87,13 +87,13 @@ class Workers:
             process.join()
 
     def _routed(self, requests: Iterable[Request]) -> Iterator[Arrival]:
-        for request in requests:
-            yield request, self._router.candidates()
+        for number, request in enumerate(requests):
+            yield number, request, self._router.candidates()
 
     def _part(self, arrivals: Sequence[Arrival], number: int) -> list[Arrival]:
         """Those that concern the replicas of one worker."""
         count = self._count
-        return [each for each in arrivals if any(i % count == number for i in each[1])]
+        return [each for each in arrivals if any(i % count == number for i in each[2])]
 
     def _round(self, name: str, *arguments: Any) -> list[Any]:
         """Have every worker do the same; what they answer."""
@@ -105,10 +105,11 @@ class Workers:
             connection.send((name, *given))
 
     def _finish(self) -> list[Any]:
-        """What all workers answer; tells what happened meanwhile."""
+        """What all workers answer; tells what happened meanwhile, as one process would."""
         results, told, rejected = zip(*(_answer(each) for each in self._orders), strict=True)
         self.rejected = sum(rejected)
-        for listener, what in itertools.chain.from_iterable(told):
+        events = itertools.chain.from_iterable(told)
+        for _, listener, what in sorted(events, key=lambda event: event[0]):
             getattr(self._listeners, listener)(*what)
         return list(results)
 

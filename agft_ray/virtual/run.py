@@ -57,9 +57,10 @@ def run_fleet(
     the simulated time about once a window. The run ends on the grid, at or after `duration_s`,
     with every request answered. The same arguments give the same result.
 
-    With several `workers` the replicas are spread over so many freshly started processes, for the
-    same result; the callbacks are then called now and then, for many events each. `setup` must be
-    picklable. A fleet whose replicas share experience meets too often for that, and runs in one.
+    With several `workers` the replicas are spread over so many freshly started processes. The
+    result is the same, and so are the calls back, but for `on_progress`, which come in batches.
+    `setup` must be picklable. Replicas that share experience meet too often for that: such a fleet
+    runs in one process.
     """
     listeners = Listeners(on_request, on_window, on_record)
     if workers > 1 and setup.replicas > 1 and not shares(setup):

@@ -4,6 +4,7 @@ who gets a request."""
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,13 @@ from agft_ray.virtual.routers import fewest
 from agft_ray.virtual.sharing import ExperienceSharing
 from agft_ray.workloads.requests import Request
 
-Arrival = tuple[Request, tuple[int, ...]]
-"""A request and the replicas one of which gets it."""
-Event = tuple[str, tuple[Any, ...]]
-"""One of `Listeners`' names and what it is told."""
+Arrival = tuple[int, Request, tuple[int, ...]]
+"""A request's number, itself, and the replicas one of which gets it."""
+Event = tuple[tuple[int, int], str, tuple[Any, ...]]
+"""When one process would come to it (during which arrival, at which of its replicas), one of
+`Listeners`' names, and what it is told."""
+_SUBMITTING = sys.maxsize
+"""After all its candidates have been brought to an arrival's time."""
 
 _COUNT_BYTES = 4
 _READ_BYTES = 2**16
@@ -52,8 +56,7 @@ class Link:
 class Open(NamedTuple):
     """A request that goes to one of our replicas or to another worker's, by how many each has."""
 
-    request: Request
-    candidates: tuple[int, ...]
+    arrival: Arrival
     ours: int
     ongoing: int
     """What ours had under way."""
@@ -80,6 +83,8 @@ class Share:
         self._links = {other: Link(connection) for other, connection in links.items()}
         self._workers = len(links) + 1
         self.events: list[Event] = []
+        self._now = 0, 0
+        """The next events'."""
         listeners = Listeners(**{name: self._listener(name) for name in wanted})
         # All of them, though only ours are moved: who is held out is settled among all.
         replicas = [VirtualReplica(setup, index, listeners) for index in range(setup.replicas)]
@@ -90,27 +95,29 @@ class Share:
         self.rejected = 0
 
     def _listener(self, name: str) -> Callable[..., None]:
-        return lambda *told: self.events.append((name, told))
+        return lambda *told: self.events.append((self._now, name, told))
 
     def take(self, arrivals: Sequence[Arrival]) -> None:
         """Let time pass until each request arrives, and take those that are for our replicas."""
-        for request, candidates in arrivals:
+        for arrival in arrivals:
+            number, request, candidates = arrival
             ours = [index for index in candidates if index in self._ours]
             for index in ours:
                 self._settle(index)
+                self._now = number, candidates.index(index)
                 self._ours[index].advance_to(request.arrival_s)
             if len(ours) == len(candidates):
-                self._submit(fewest(candidates, self._ongoing), request)
+                self._submit(fewest(candidates, self._ongoing), arrival)
             else:
-                self._ask(request, candidates, ours[0])
+                self._ask(arrival, ours[0])
         for index in self._ours:
             self._settle(index)
 
-    def _ask(self, request: Request, candidates: tuple[int, ...], ours: int) -> None:
-        (other,) = (index for index in candidates if index != ours)
+    def _ask(self, arrival: Arrival, ours: int) -> None:
+        (other,) = (index for index in arrival[2] if index != ours)
         link, count = self._links[other % self._workers], self._ongoing(ours)
         link.send(count)
-        self._open[ours] = Open(request, candidates, ours, count, link)
+        self._open[ours] = Open(arrival, ours, count, link)
         link.open.append(self._open[ours])
 
     def _settle(self, index: int) -> None:
@@ -119,25 +126,26 @@ class Share:
             return
         link = self._open[index].link
         while index in self._open:
-            request, candidates, ours, count, _ = link.open.popleft()
-            theirs = link.receive()
+            arrival, ours, count, _ = link.open.popleft()
+            counts = dict.fromkeys(arrival[2], link.receive()) | {ours: count}
             del self._open[ours]
-            counts = dict.fromkeys(candidates, theirs) | {ours: count}
-            if fewest(candidates, counts.__getitem__) == ours:
-                self._submit(ours, request)
+            if fewest(arrival[2], counts.__getitem__) == ours:
+                self._submit(ours, arrival)
 
     def _ongoing(self, index: int) -> int:
         return self._ours[index].ongoing
 
-    def _submit(self, index: int, request: Request) -> None:
+    def _submit(self, index: int, arrival: Arrival) -> None:
+        self._now = arrival[0], _SUBMITTING
         try:
-            self._ours[index].submit(request)
+            self._ours[index].submit(arrival[1])
         except ValueError:
             self.rejected += 1
 
     def advance_to(self, t_s: float) -> bool:
         """Let time pass; whether everything is answered."""
-        for replica in self._ours.values():
+        for index, replica in self._ours.items():
+            self._now = 0, index
             replica.advance_to(t_s)
         return all(replica.drained for replica in self._ours.values())
 
@@ -153,7 +161,7 @@ class Share:
         return time.process_time()
 
     def told(self) -> list[Event]:
-        """What happened since the last call, in order of time for each replica."""
+        """What happened since the last call."""
         events, self.events = self.events, []
         return events
 

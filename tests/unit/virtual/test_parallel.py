@@ -33,15 +33,15 @@ def make_setup(tuner, **changes):
 
 
 def run(requests, setup, workers):
-    """The totals, and what was told, of each replica by itself."""
-    told = {index: [] for index in range(setup.replicas)}
+    """The totals, and all that was told, in order."""
+    told = []
     totals = run_fleet(
         requests,
         setup,
         workers=workers,
-        on_request=lambda replica, timings: told[replica].append(timings),
-        on_window=lambda window: told[window.replica].append(window),
-        on_record=lambda replica, record: told[replica].append(record),
+        on_request=lambda replica, timings: told.append((replica, timings)),
+        on_window=told.append,
+        on_record=lambda replica, record: told.append((replica, record)),
     )
     return totals, told
 
