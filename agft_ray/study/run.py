@@ -54,6 +54,8 @@ class Job:
     """Where rows of requests and windows go."""
     default: Run | None = None
     watch: Watch | None = None
+    workers: int = 1
+    """Processes over which the fleet is spread."""
 
 
 def perform(job: Job, report: Report) -> Run | None:
@@ -79,6 +81,7 @@ def perform(job: Job, report: Report) -> Run | None:
             totals = run_fleet(
                 scenario.requests(job.seed),
                 fleet_setup(scenario, job.spec, job.seed),
+                workers=job.workers,
                 on_request=on_request,
                 on_window=rows.on_window,
                 on_progress=on_progress,

@@ -4,6 +4,7 @@ who gets a request."""
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -174,7 +175,9 @@ def serve(
     wanted: Sequence[str],
 ) -> None:
     """Do what comes in over `orders` until it is closed: a method of `Share` and its arguments.
-    Each is answered with what came of it and what happened, or with the exception it raised."""
+    Each is answered with what came of it and what happened, or with the exception it raised.
+    Ctrl-C is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         share = Share(setup, number, links, wanted)
         while True:
