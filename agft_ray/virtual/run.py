@@ -13,10 +13,10 @@ from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import load_gpu_profile
 from agft_ray.tuner import WindowRecord
 from agft_ray.types import EngineSample
-from agft_ray.virtual.replica import FleetSetup as FleetSetup
-from agft_ray.virtual.replica import GridWindow as GridWindow
 from agft_ray.virtual.parallel import Workers
 from agft_ray.virtual.replica import LISTENERS, Listeners, ReplicaTotals, VirtualReplica
+from agft_ray.virtual.replica import FleetSetup as FleetSetup
+from agft_ray.virtual.replica import GridWindow as GridWindow
 from agft_ray.virtual.routers import build_router, fewest
 from agft_ray.virtual.sharing import ExperienceSharing, shares
 from agft_ray.workloads.requests import Request, RequestTimings
