@@ -147,7 +147,8 @@ class VoltaGovernor:
         settled = step.t_s - self._changed_s >= ACTUATION_S
         if not self._levels or not (settled or duration_s >= LONG_STEP_S):
             return
-        level = nearest(self._levels, sm_clock_mhz)
+        clock, levels = sm_clock_mhz, self._levels
+        level = clock if clock in levels else nearest(levels, clock)
         self._phases[step.has_prefill].learn(step, duration_s, sm_clock_mhz, level)
 
     def status(self) -> dict[str, Any]:
@@ -173,17 +174,27 @@ class _Phase:
             forgetting=forgetting,
         )
         self.steps: Counter[int] = Counter()
+        self._step: StepSample | None = None
+        self._clock_mhz = 0
+        self._x = np.zeros(0)
 
     @property
     def samples(self) -> int:
         return self._ridge.samples
 
     def predict_s(self, step: StepSample, sm_clock_mhz: int) -> float:
-        return float(_features(step, sm_clock_mhz) @ self._ridge.theta)
+        return float(self._features(step, sm_clock_mhz) @ self._ridge.theta)
 
     def learn(self, step: StepSample, duration_s: float, sm_clock_mhz: int, level: int) -> None:
-        self._ridge.learn(_features(step, sm_clock_mhz), duration_s)
+        self._ridge.learn(self._features(step, sm_clock_mhz), duration_s)
         self.steps[level] += 1
+
+    def _features(self, step: StepSample, sm_clock_mhz: int) -> np.ndarray:
+        """Kept for one step at one clock: what ran is mostly what was predicted last."""
+        if self._step is not step or self._clock_mhz != sm_clock_mhz:
+            self._step, self._clock_mhz = step, sm_clock_mhz
+            self._x = _features(step, sm_clock_mhz)
+        return self._x
 
 
 def _features(step: StepSample, sm_clock_mhz: int) -> np.ndarray:
