@@ -44,14 +44,13 @@ TRUE_ACTIVITY = {
     f"{MODEL}issue_share": 0.8,
     f"{MODEL}clock_exponent": 4.0,
 }
-TRUE_BANDWIDTH = {
+TRUE_UTILIZATION = {
     "power.knee_sm_clock_mhz": 900,
     "power.voltage_rise": 0.2,
     "power.busy_base_w": 40.0,
     "power.busy_clock_w": 140.0,
-    "power.decode.base_w": 150.0,
-    "power.decode.watts_per_tb_s": 70.0,
-    "power.decode.watts_per_tflop_s": 0.9,
+    "power.decode.issue_activity": 0.7,
+    "power.decode.memory_w": 60.0,
 }
 
 
@@ -113,7 +112,7 @@ def deviations(calibration, truth):
     ("base", "truth", "clocks"),
     [
         (A6000, TRUE_ACTIVITY, range(600, 1801, 75)),
-        (A100, TRUE_BANDWIDTH, range(300, 1411, 60)),
+        (A100, TRUE_UTILIZATION, range(300, 1411, 60)),
     ],
 )
 def test_known_numbers_are_recovered_within_their_standard_errors(base, truth, clocks):
@@ -158,7 +157,7 @@ def test_what_is_not_identified_keeps_the_base_and_says_why():
     kept = {**calibration.step_time.kept, **calibration.power.kept}
     assert kept["power.idle_base_w"] == "no idle line"
     assert kept["power.decode.single"] == "one load only"
-    assert f"{MODEL}token_ms" in kept
+    assert f"{MODEL}clock_exponent" in kept
     for path in kept:
         part = path.removeprefix("power.") if path.startswith("power") else path[len(MODEL) :]
         of = (lambda gpu: gpu.power) if path.startswith("power") else lambda gpu: gpu.models[LLAMA]

@@ -45,7 +45,9 @@ def test_supported_clocks(name):
 def test_decode_attention_reads_the_kv_cache_at_a_share_of_peak_bandwidth(name, model):
     model = load_gpu_profile(name).model_profile(model)
     per_layer = model.kv_bytes_per_token / model.layers / model.tensor_parallel
-    share, mixed = (0.80, 1.68) if name == "rtx_pro_6000" else (0.86, 1.9)  # measured there
+    # Measured on the PRO 6000 and the H100.
+    shares = {"rtx_pro_6000": (0.80, 1.68), "h100_sxm_80gb": (0.8632, 1.584)}
+    share, mixed = shares.get(name, (0.86, 1.9))
     expected_us = per_layer / (share * LIMITS[name][3]) * 1e6
     assert model.attention.decode_context_us == pytest.approx(expected_us, rel=2e-3)
     assert model.attention.mixed_context_us == pytest.approx(mixed * expected_us, rel=2e-3)
@@ -95,7 +97,6 @@ def test_a_users_own_file_is_loaded_by_path(tmp_path, values):
 def test_every_crossed_value_is_reported_at_once(tmp_path, values):
     values["min_sm_clock_mhz"] = 2400
     values["power"]["knee_sm_clock_mhz"] = 1900
-    values["clock_change"]["median_s"] = 0.05
     values["models"] = {}
     values["ranges"] = {"governor.idle_delay_s": [3, 9], "power.typo_w": [0, 1]}
     with pytest.raises(ConfigError) as caught:
@@ -104,7 +105,6 @@ def test_every_crossed_value_is_reported_at_once(tmp_path, values):
     assert fields == [
         "min_sm_clock_mhz",
         "power.knee_sm_clock_mhz",
-        "clock_change.median_s",
         "models",
         "ranges.governor.idle_delay_s",
         "ranges.power.typo_w",

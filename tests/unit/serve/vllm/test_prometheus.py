@@ -20,7 +20,7 @@ from agft_ray.serve.vllm.prometheus import (
     engine_sample,
     missing,
 )
-from agft_ray.types import EngineSample
+from agft_ray.types import COUNTERS, EngineSample
 
 TEXTS = Path(__file__).parent / "prometheus_texts"
 ONE = EngineSample(
@@ -53,6 +53,11 @@ def lines(name):
 def test_each_generation_of_names(version):
     assert engine_sample(lines(version), t_s=5.0) == ONE
     assert missing(lines(version)) == []
+
+
+def test_every_counter_but_those_of_steps_has_a_name():
+    counters = [name for name in NAMES if name in COUNTERS]
+    assert counters == [name for name in COUNTERS if not name.endswith("_steps")]
 
 
 def times(factor):
