@@ -68,9 +68,9 @@ class TunerMetrics:
         self._tuning.set(float(tuner.state == TunerState.TUNING))
         for gpu in self._gpus:
             self._locked.set(tuner.control.locked or 0, tags=gpu)
-        if tuner.clock_changes > self._changes_shown:
-            self._clock_changes.inc(tuner.clock_changes - self._changes_shown)
-            self._changes_shown = tuner.clock_changes
+        if tuner.control.changes > self._changes_shown:
+            self._clock_changes.inc(tuner.control.changes - self._changes_shown)
+            self._changes_shown = tuner.control.changes
 
     def export(self, record: WindowRecord) -> None:
         """Publish a window; what is unknown keeps its last value."""

@@ -22,7 +22,7 @@ def with_tuner(status: TunerStatus, tuner: Tuner, last: WindowRecord | None) -> 
         gpu_uuid=tuner.gpu.uuid,
         gpu_model=tuner.gpu.model,
         actuator=tuner.gpu.actuator.value,
-        clock_changes=tuner.clock_changes,
+        clock_changes=tuner.control.changes,
         reset_due=tuner.control.reset_due,
         last_reward=last.reward if last else None,
         last_decision=last.decision.reason if last else None,

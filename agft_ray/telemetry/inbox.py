@@ -19,8 +19,8 @@ class EngineInbox:
     atomic.
     """
 
-    def __init__(self) -> None:
-        self._samples: collections.deque[EngineSample] = collections.deque(maxlen=CAPACITY)
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._samples: collections.deque[EngineSample] = collections.deque(maxlen=capacity)
 
     def push(self, sample: EngineSample) -> None:
         """Keep a sample; one that is older than the newest (late delivery) is dropped."""
@@ -38,6 +38,13 @@ class EngineInbox:
                 f"the engine's newest statistics are {age_s:.1f} s old, the limit is {max_age_s} s"
             )
         return sample
+
+    def is_idle(self, now_s: float, max_age_s: float) -> bool:
+        """Whether the engine is known to be empty; statistics that are missing or older are not."""
+        try:
+            return self.latest(now_s, max_age_s).is_idle
+        except StaleMetricsError:
+            return False
 
     def since(self, t_s: float) -> list[EngineSample]:
         """All samples taken at or after `t_s`, oldest first."""

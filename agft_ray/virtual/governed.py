@@ -12,10 +12,7 @@ from agft_ray.types import Arm
 class GovernedSteps:
     """Asks a `StepGovernor` before each step and while the engine is empty, and locks what it says.
 
-    Clocks are locked or reset on the device, after its delay, and only when the choice changes. A
-    governor with a true attribute `is_steady` promises that its choice depends on nothing but
-    whether a step computes prompt tokens, and that it learns nothing: series of decode steps may
-    then be jumped over.
+    Clocks are locked or reset on the device, after its delay, and only when the choice changes.
     """
 
     def __init__(
@@ -32,11 +29,6 @@ class GovernedSteps:
         self._step: StepSample | None = None
         self._last_step_s: float | None = None
         self._last_sm_clock_mhz: int | None = None
-
-    @property
-    def is_steady(self) -> bool:
-        """See `StepHook`."""
-        return bool(getattr(self.governor, "is_steady", False))
 
     def before_step(self, t_s: float, work: StepWork) -> None:
         """Ask about the step and set the clock."""
@@ -55,7 +47,7 @@ class GovernedSteps:
     def after_step(self, start_s: float, end_s: float) -> None:
         """Tell how the step went."""
         clock_mhz = self._device.step_sm_clock_mhz
-        if self._step is None or clock_mhz is None or self.is_steady:
+        if self._step is None or clock_mhz is None:
             return
         self._last_step_s, self._last_sm_clock_mhz = end_s - start_s, clock_mhz
         self.governor.observe(self._step, duration_s=end_s - start_s, sm_clock_mhz=clock_mhz)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from agft_ray.clock import ManualClock
 from agft_ray.gpu.simulated import InMemoryGpu
+from agft_ray.policy.registry import build_policy
+from agft_ray.policy.static import StaticPolicy
 from agft_ray.policy.step import StepGovernor
 from agft_ray.settings import TunerConfig
 from agft_ray.simulation.device import Device
@@ -21,11 +23,15 @@ from agft_ray.simulation.profiles import GpuProfile
 from agft_ray.simulation.virtual_engine import VirtualEngine
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
-from agft_ray.tuner import Tuner, WindowRecord
+from agft_ray.tuner import READINGS_PER_WINDOW, Tuner, WindowRecord
 from agft_ray.types import Arm, EngineSample
 from agft_ray.virtual.governed import GovernedSteps
 from agft_ray.virtual.routers import RouterName
+from agft_ray.virtual.switched import SwitchedClocks
 from agft_ray.workloads.requests import Request, RequestTimings
+
+INBOX_SAMPLES = 4 * READINGS_PER_WINDOW
+"""Engine statistics kept for a tuner: more than a window's, one for each time it wakes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,9 @@ class Listeners:
     """A tuner has finished a control step."""
 
 
+LISTENERS = tuple(field.name for field in fields(Listeners))
+
+
 @dataclass(frozen=True, slots=True)
 class _GridPoint:
     """The cumulative figures at a point of the grid."""
@@ -112,6 +121,16 @@ class _GridPoint:
     engine: EngineSample
     energy_j: float
     sm_clock_mhz_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaTotals:
+    """What came of one replica."""
+
+    energy_j: float
+    clock_changes: int
+    engine: EngineSample
+    """Its engine's statistics at the end, counted from the start."""
 
 
 class VirtualReplica:
@@ -133,29 +152,46 @@ class VirtualReplica:
             setup.engine.for_model(model), functools.partial(prefill_attention_s, model)
         )
         self._gpu = InMemoryGpu(self._device, self.clock, uuid=f"GPU-simulated-{index}")
-        self._inbox = EngineInbox()
+        self._inbox = EngineInbox(INBOX_SAMPLES)
         self._governed: GovernedSteps | None = None
         self.tuner: Tuner | None = None
         self._wake_s = math.inf
         if setup.governor is not None:
             arms = setup.tuner.arms(self._gpu.arms)
             self._governed = GovernedSteps(setup.governor(index), arms, self._device, core)
+        self._switched: SwitchedClocks | None = None
+        if self._governed is None:
+            self.tuner = self._new_tuner()
+            self._switched = SwitchedClocks(self.tuner, self.clock)
         self._engine = VirtualEngine(
-            core, self._device, self._on_finish, hook=self._governed, jumps=setup.jumps
+            core,
+            self._device,
+            self._on_finish,
+            hook=self._governed,
+            phases=self._switched,
+            jumps=setup.jumps,
         )
         self._grid_index = 0
         self._grid_end_s = setup.grid_s
         self._grid_start = self._grid_point()
-        if self._governed is None:
-            self.tuner = self._new_tuner()
+        if self.tuner is not None:
             self._loop = self.tuner.run()
             self._wake_s = next(self._loop)
-        else:
+        if self._governed is not None:
             self._governed.on_empty(0.0)
+        if self._switched is not None:
+            self._switched.on_empty(0.0)
 
     def _new_tuner(self) -> Tuner:
+        config = _reseeded(self._setup.tuner, self._setup.stream(self.index))
+        policy = build_policy(config.policy)
+        # Each reading cuts a series of decode steps. A policy that learns nothing needs none
+        # within the window: they place its energy, and average its clock and queue.
+        readings = 1 if isinstance(policy, StaticPolicy) else READINGS_PER_WINDOW
         return Tuner(
-            _reseeded(self._setup.tuner, self._setup.stream(self.index)),
+            config,
+            policy=policy,
+            readings_per_window=readings,
             gpu=self._gpu,
             engine=self._inbox,
             serve=ServeMetrics(max_age_s=0.0),
@@ -179,11 +215,15 @@ class VirtualReplica:
         if self._governed is not None:
             return self._governed.clock_changes
         assert self.tuner is not None
-        return self.tuner.clock_changes
+        return self.tuner.control.changes
 
     def sample(self) -> EngineSample:
         """The engine's statistics now."""
         return self._engine.sample(self.clock.now_s())
+
+    def totals(self) -> ReplicaTotals:
+        """What has come of it so far."""
+        return ReplicaTotals(self.energy_j, self.clock_changes, self.sample())
 
     def submit(self, request: Request) -> None:
         """Hand over a request that arrives now, and wake a tuner that waits for work, as under Ray.
@@ -192,6 +232,8 @@ class VirtualReplica:
         """
         self._engine.submit((request,))
         self.ongoing += 1
+        if self._switched is not None:
+            self._switched.on_arrival(request.arrival_s)
         if self.ongoing == 1 and self.tuner is not None and self.tuner.waits_for_work:
             self._resume_loop()
 

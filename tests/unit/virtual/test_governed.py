@@ -1,5 +1,7 @@
 """Step governors on a virtual replica: what they are handed, and that they are obeyed."""
 
+import dataclasses
+
 import pytest
 
 from agft_ray.settings import TunerConfig
@@ -20,9 +22,8 @@ class Recorder:
 
     name = "recorder"
 
-    def __init__(self, prefill=1500, decode=1200, idle=600, *, is_steady=False):
+    def __init__(self, prefill=1500, decode=1200, idle=600):
         self.clocks = prefill, decode, idle
-        self.is_steady = is_steady
         self.steps, self.observed, self.arms, self.idles = [], [], None, 0
 
     def choose(self, step, arms):
@@ -47,10 +48,9 @@ def make_setup(governor, **changes):
     return FleetSetup(
         gpu=GPU,
         model="llama-3.1-8b",
-        engine=EngineConfig(),
         tuner=tuner,
         governor=lambda replica: governor,
-        **{"duration_s": 60.0, "seed": 1, **changes},
+        **{"engine": EngineConfig(), "duration_s": 60.0, "seed": 1, **changes},
     )
 
 
@@ -99,18 +99,31 @@ def test_an_empty_engine_draws_the_idle_power_of_its_clock():
     assert [w.energy_j for w in windows[1:]] == pytest.approx([expected_j] * 29, rel=1e-9)
 
 
-def test_a_steady_governor_is_jumped_over_with_the_same_result():
-    requests = list(generate_conversation(1.0, 60.0, seed=4))
-    steady, stepped = Recorder(is_steady=True), Recorder()
-    runs, windows = [], ([], [])
-    for governor, rows in zip((steady, stepped), windows, strict=True):
-        runs.append(run_fleet(requests, make_setup(governor), on_window=rows.append))
-    assert len(steady.steps) < len(stepped.steps) / 2
-    assert runs[0].energy_j == pytest.approx(runs[1].energy_j, rel=1e-9)
-    assert runs[0].clock_changes == runs[1].clock_changes
+@pytest.mark.parametrize("kv_blocks", [600, 20_000])
+def test_counted_tokens_show_it_the_very_steps_that_tokens_one_by_one_do(kv_blocks):
+    engine = EngineConfig(kv_blocks=kv_blocks, max_model_len=8192)
+    requests = list(generate_conversation(4.0, 40.0, seed=5))
+    runs, seen, windows, answers = [], [], ([], []), ([], [])
+    for jumps, rows, answered in zip((True, False), windows, answers, strict=True):
+        governor = Recorder()
+        setup = make_setup(governor, engine=engine, jumps=jumps)
+        runs.append(
+            run_fleet(
+                requests,
+                setup,
+                on_window=rows.append,
+                on_request=lambda replica, timings, answered=answered: answered.append(timings),
+            )
+        )
+        seen.append((governor.steps, governor.observed, governor.idles))
+    assert seen[0] == seen[1]
+    assert answers[0] == answers[1]
+    assert runs[0].energy_j == runs[1].energy_j
     for one, other in zip(*windows, strict=True):
-        assert one.energy_j == pytest.approx(other.energy_j, rel=1e-9)
-        assert (one.itl_count, one.arm) == (other.itl_count, other.arm)
+        assert one == dataclasses.replace(
+            other, itl_sum_s=pytest.approx(other.itl_sum_s, rel=1e-9, abs=1e-9)
+        )
+    assert (runs[0].replicas[0].engine.preemptions > 0) == (kv_blocks == 600)
 
 
 def test_default_clocks_are_a_choice_and_bounds_hold():
