@@ -17,6 +17,8 @@ from agft_ray.policy.baselines.predictive import PredictiveConfig, PredictivePol
 from agft_ray.policy.baselines.rules import RulesConfig, RulesPolicy
 from agft_ray.policy.baselines.volta import VoltaConfig, VoltaGovernor
 from agft_ray.policy.imported import ImportedConfig, is_imported
+from agft_ray.policy.phases.config import PhasesConfig
+from agft_ray.policy.phases.policy import PhasesPolicy
 from agft_ray.policy.reference.policy import AgftReferenceConfig, AgftReferencePolicy
 from agft_ray.policy.step import StepGovernor
 
@@ -25,6 +27,7 @@ BuiltinConfig = Annotated[
     | FixedConfig
     | PairConfig
     | AgftConfig
+    | PhasesConfig
     | AgftReferenceConfig
     | RulesConfig
     | ActivityConfig
@@ -55,6 +58,8 @@ def build_policy(config: PolicyConfig) -> Policy:
             return PairPolicy(config)
         case AgftConfig():
             return AgftPolicy(config)
+        case PhasesConfig():
+            return PhasesPolicy(config)
         case AgftReferenceConfig():
             return AgftReferencePolicy(config)
         case RulesConfig():

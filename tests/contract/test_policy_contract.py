@@ -17,6 +17,7 @@ from agft_ray.policy.baselines.pid import PidConfig
 from agft_ray.policy.baselines.predictive import PredictiveConfig
 from agft_ray.policy.baselines.rules import RulesConfig
 from agft_ray.policy.experience import Experience, Prior, PriorKey
+from agft_ray.policy.phases.config import PhasesConfig
 from agft_ray.policy.reference.policy import AgftReferenceConfig
 from agft_ray.policy.registry import BuiltinConfig, build_policy
 from agft_ray.testing import ARMS, CHECKS, check_policy, context, outcome, play, state
@@ -31,6 +32,10 @@ CONFIGS = {
     "agft": AgftConfig(seed=7),
     "agft-hasty": AgftConfig(
         baseline_windows=1, refine_after=1, convergence_window=10, forgetting=1.0
+    ),
+    "phases": PhasesConfig(),
+    "phases-hasty": PhasesConfig(
+        baseline_decode_steps=10, baseline_prefill_steps=2, high_kv_cache_usage=1.0, clocks="pair"
     ),
     "agft_reference": AgftReferenceConfig(),
     "rules": RulesConfig(),

@@ -22,7 +22,7 @@ ROOMS = [
     {"telemetry"},
     {"workloads"},
     {"simulation"},
-    {"policy", "policy.baselines", "policy.reference", "policy.agft"},
+    {"policy", "policy.baselines", "policy.reference", "policy.agft", "policy.phases"},
     {"priors", "testing"},
     {"gpu.nvml", "gpu.zeusd", "gpu.base", "gpu.config"},
     {"gpu.safety"},

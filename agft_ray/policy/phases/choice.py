@@ -1,11 +1,12 @@
 """The plan of least predicted energy among those within the bounds and within reach.
 
-Power of a plan at this load, in W: `prefill share x P_p + decode share x P_d + idle share x P_i`. As
-steps slow, so does the engine fill: if a share i of the time is empty at a ratio r0 of E2E, then
+Power of a plan at this load, in W:
+    prefill share x P_p + decode share x P_d + idle share x P_i.
+As steps slow, so does the engine fill: if a share i of the time is empty at a ratio r0 of E2E, then
 `i^(r/r0)` at r (M/G/infinity: the engine is empty with probability exp(-rate x E2E)).
 
 Reach: nothing slows faster than 1/f, so from the lowest clock measured, f at slowdown h, a clock f'
-slows at most to h f/f'. `StepTimes.slowdown` says just that below what was measured, so a plan whose
+slows at most to h f/f'. `StepTimes.slowdown` says just that below what was measured: a plan whose
 predicted latencies keep the bounds keeps them in truth, as far as the load's part goes. In addition
 no clock lies more than `walk` below the lowest one measured.
 """
@@ -76,9 +77,7 @@ def choose(
     grid = _candidates(config, models, arms, now, may, one)
     latency = LatencyModel(models.load, config.switch_s)
     costs, ratios = _predict(config, models, latency, grid, top, lowest)
-    explores = (grid.prefill < models.prefill.lowest_mhz) | (
-        grid.decode < models.decode.lowest_mhz
-    )
+    explores = (grid.prefill < models.prefill.lowest_mhz) | (grid.decode < models.decode.lowest_mhz)
     # What is not measured is predicted at its worst: there the margin is not needed.
     margin = np.where(explores, 0.0, config.margin)
     fits = _within(config, models.load, latency, ratios, margin)
@@ -91,6 +90,8 @@ def choose(
     if before is not None and costs[best] >= cost_before * (1.0 - gain):
         best = before
     plan = _plan(grid, best, lowest)
+    if not may[0] and not one:
+        plan = replace(plan, prefill=None)
     return Choice(
         plan, float(costs[best]), cost_before,
         float(ratios.ttft[best]), float(ratios.tpot[best]), float(ratios.e2e[best]),
@@ -140,20 +141,18 @@ def _candidates(
 def _reachable(
     config: PhasesConfig, arms: np.ndarray, times: StepTimes, now: Arm, may: bool
 ) -> np.ndarray:
-    """Clocks near the present one, and the highest."""
-    top = arms[-1]
-    if not may:
-        return arms[-1:]
-    reach = times.lowest_mhz * (1.0 - config.walk)
-    at = len(arms) - 1 if now is None else int(np.searchsorted(arms, now))
-    lowest = int(np.searchsorted(arms, reach))
-    if present_is_new := at < len(arms) - 1 and arms[at] < times.lowest_mhz:
-        lowest = at  # until it is measured
-    places = np.union1d(at - OFFSETS, at + OFFSETS)
-    places = np.append(places[(places >= lowest) & (places < len(arms))], [len(arms) - 1])
-    if at - OFFSETS[-1] < lowest <= at and not present_is_new:
-        places = np.append(places, lowest)
-    return arms[np.unique(places)]
+    """Clocks near the present one, and the highest. One not measured yet is kept until it is."""
+    top = arms[-1:]
+    below = arms[arms <= times.top_mhz]  # those above change nothing
+    if not may or not len(below):
+        return top
+    last = len(below) - 1
+    at = last if now is None else min(int(np.searchsorted(below, now)), last)
+    is_new = at < last and below[at] < times.lowest_mhz
+    lowest = int(np.searchsorted(below, times.lowest_mhz * (1.0 - config.walk)))
+    lowest = at if is_new else min(lowest, last)
+    places = np.concatenate([at - OFFSETS, at + OFFSETS, [lowest]])
+    return np.union1d(below[places[(places >= lowest) & (places <= last)]], top)
 
 
 def _predict(
@@ -205,8 +204,10 @@ def _within(
 def _index(grid: _Grid, plan: Plan, top: int, lowest: int) -> int | None:
     """Where a plan is among the candidates."""
     prefill, decode = plan.prefill or top, plan.decode or top
-    at = (grid.prefill == prefill) & (grid.decode == decode) & (
-        grid.idle_kind == idle_kind(plan, lowest)
+    at = (
+        (grid.prefill == prefill)
+        & (grid.decode == decode)
+        & (grid.idle_kind == idle_kind(plan, lowest))
     )
     found = np.flatnonzero(at)
     return int(found[0]) if len(found) else None

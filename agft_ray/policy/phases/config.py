@@ -33,7 +33,7 @@ class PhasesConfig(StrictModel):
     """Time from the knowledge that a prompt is there until its clock is."""
     baseline_decode_steps: Count = 100
     """Decode steps at default clocks before the first step down."""
-    baseline_prefill_steps: Count = 6
+    baseline_prefill_steps: Count = 12
     """Steps with prefill at default clocks before the first step down of their clock."""
     walk: Annotated[float, Field(gt=0, le=0.2)] = 0.08
     """How far below the lowest clock measured a clock may lie, as a share of it."""
@@ -49,5 +49,5 @@ class PhasesConfig(StrictModel):
     """KV cache usage above which default clocks are set."""
     calm_windows: Count = 5
     """Windows without pressure (KV cache, preemptions, a growing queue) before it is over."""
-    max_drift: Annotated[float, Field(gt=0)] = 0.12
+    max_drift: Annotated[float, Field(gt=0)] = 0.15
     """Mean relative error of predicted step times beyond which all is learned anew."""

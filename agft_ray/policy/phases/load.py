@@ -70,7 +70,9 @@ def totals_of(window: Window) -> np.ndarray:
     return np.concatenate([np.array(numbers), prefill_work(window), decode_work(window)])
 
 
-def averaged(before: np.ndarray, totals: np.ndarray, duration_s: float, memory_s: float) -> np.ndarray:
+def averaged(
+    before: np.ndarray, totals: np.ndarray, duration_s: float, memory_s: float
+) -> np.ndarray:
     """The running sums after one more window."""
     return np.asarray(before * math.exp(-duration_s / memory_s) + totals)
 

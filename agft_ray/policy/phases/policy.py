@@ -1,9 +1,10 @@
-"""The policy `phases`: the cheapest clocks for prefill, decode and an empty engine within bounds."""
+"""A clock for prefill, one for decode and one for an empty engine, by models."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,15 @@ from agft_ray.types import Arm, Context, Decision, Outcome, Plan, Window
 SNAPSHOT_SCHEMA = 1
 MIN_DECODE_STEPS, MIN_PREFILL_STEPS = 12.0, 2.0
 """Steps at a clock from which on it counts as measured: none lower is tried before."""
-DRIFT_GAIN = 0.1
+DRIFT_GAIN = 0.05
 """Weight of a window in the mean error of predicted step times."""
+MAX_ERROR = 0.4
+"""Of one window; more is cut."""
 RELEARN_FACTOR = 0.02
 """What is left of the evidence after a drift."""
+PREFILL_PROBES = 0.1
+"""Share of the windows with prefill in which that alone is at default clocks: its steps are few and
+differ much, so that more of them are needed; and cost little, being a small part of the time."""
 PROBE_UTILIZATION = 0.8
 """No default clocks to measure them where an engine is busier."""
 
@@ -89,17 +95,21 @@ class PhasesPolicy:
         if self._probe_is_due(arms):
             return Decision.of(default, "probe")
         choice = self._choose(arms, may)
-        return Decision.of(default, "bound") if choice is None else _decision(choice, self._now)
+        if choice is None:
+            return Decision.of(default, "bound")
+        plan = choice.plan
+        seen = self._prefill.windows
+        if may[0] and plan.prefill != plan.decode and seen[0] < PREFILL_PROBES * seen.sum():
+            return Decision.of(replace(plan, prefill=None), "probe")
+        return Decision.of(plan, "hold" if plan == self._now else "cheapest")
 
     def select_idle(self, arms: Sequence[int]) -> Decision:
-        """See `Policy.select_idle`."""
+        """See `Policy.select_idle`: the plan, which is there when a prompt comes."""
         if not arms:
             return Decision(None, "no arms")
-        decision = self.select(Context((), 0), arms)
-        idle = decision.chosen.idle
-        if decision.reason in ("baseline", "probe", "pressure"):
-            idle = min(arms)
-        return Decision(idle, "idle")
+        plan = self.select(Context((), 0), arms).chosen
+        idle = min(arms) if plan.is_default else plan.idle
+        return Decision.of(replace(plan, idle=idle), "idle")
 
     def _choose(self, arms: Sequence[int], may: tuple[bool, bool]) -> Choice | None:
         return choose(self._config, self._models(max(arms)), arms, Plan(*self._state.held), may)
@@ -142,13 +152,12 @@ class PhasesPolicy:
         self._learn_steps(window, plan)
         self._learn_power(window, plan)
         totals = loads.totals_of(window)
-        running = loads.averaged(
-            np.array(state.load), totals, window.duration_s, config.memory_s
-        )
+        running = loads.averaged(np.array(state.load), totals, window.duration_s, config.memory_s)
         state.load = running.tolist()
         state.now = plan.arms
         if not plan.is_default:
-            state.held = plan.arms
+            kept = state.held[0] if state.ready[0] and plan.prefill is None else plan.prefill
+            state.held = kept, plan.decode, plan.idle
         state.windows += 1
         state.probe_s = window.duration_s
         state.ready = (
@@ -169,15 +178,14 @@ class PhasesPolicy:
 
     def _lag_s(self, window: Window, plan: Plan) -> float:
         """Time that the steps with prefill lost as they began at the clocks before their own."""
-        if self._cached is None or plan.prefill is None:
+        if self._cached is None:
             return 0.0
         prefill, decode = window.prefill_steps, window.decode_steps
         idle_s = max(0.0, window.duration_s - prefill.time_s - decode.time_s)
         step_s = decode.time_s / decode.steps if decode.steps else 0.0
-        slowdown = self._cached[1].prefill.expected
-        here, *before = slowdown(np.array([plan.prefill, *(
-            arm or plan.prefill for arm in (plan.decode, plan.idle)
-        )], dtype=float))
+        times = self._cached[1].prefill
+        clocks = [times.top_mhz if arm is None else float(arm) for arm in plan.arms]
+        here, *before = times.expected(np.array(clocks))
         lost = [max(0.0, 1.0 - here / each) for each in before]
         switch_s = self._config.switch_s
         lag_s = decode.time_s * left_of_switch_s(step_s, switch_s) * lost[0]
@@ -203,21 +211,20 @@ class PhasesPolicy:
         """Compare step times at clocks already measured with what the models say."""
         if self._cached is None or not all(self._state.ready):
             return
-        models, state = self._cached[1], self._state
-        errors = list(state.errors)
-        for i, (times, totals, work, arm) in enumerate(
-            (
-                (models.prefill, window.prefill_steps, prefill_work(window), plan.prefill),
-                (models.decode, window.decode_steps, decode_work(window), plan.decode),
-            )
-        ):
-            if arm is not None and arm < times.lowest_mhz or not totals.steps:
-                continue
+        models, errors = self._cached[1], list(self._state.errors)
+        prefill, decode = window.prefill_steps, window.decode_steps
+        seen = (
+            (models.prefill, prefill.time_s - self._lag_s(window, plan), prefill_work(window)),
+            (models.decode, decode.time_s, decode_work(window)),
+        )
+        for i, (times, time_s, work) in enumerate(seen):
+            arm = plan.arms[i]
             expected_s = times.base_s(work) * _slowdown(times, arm)
-            if expected_s > 0:
-                error = max(-1.0, min(1.0, math.log(totals.time_s / expected_s)))
-                errors[i] += DRIFT_GAIN * (error - errors[i])
-        state.errors = errors[0], errors[1]
+            if expected_s <= 0 or time_s <= 0 or (arm or times.top_mhz) < times.lowest_mhz:
+                continue
+            error = max(-MAX_ERROR, min(MAX_ERROR, math.log(time_s / expected_s)))
+            errors[i] += DRIFT_GAIN * (error - errors[i])
+        self._state.errors = errors[0], errors[1]
         if max(map(abs, errors)) > self._config.max_drift:
             self._begin_anew()
 
@@ -272,7 +279,9 @@ class PhasesPolicy:
         """Figures for people."""
         state = self._state
         learning = not self._state.ready[1]
-        phase = "pressure" if self._pressure.is_on(self._config) else "learn" if learning else "tune"
+        phase = (
+            "pressure" if self._pressure.is_on(self._config) else "learn" if learning else "tune"
+        )
         prefill, decode, idle = state.now
         return {
             "phase": phase,
@@ -284,9 +293,5 @@ class PhasesPolicy:
         }
 
 
-def _decision(choice: Choice, now: Plan) -> Decision:
-    return Decision.of(choice.plan, "hold" if choice.plan == now else "cheapest")
-
-
 def _slowdown(times: step_time.StepTimes, arm: Arm) -> float:
-    return 1.0 if arm is None else float(times.slowdown(np.array([float(arm)]))[0])
+    return 1.0 if arm is None else float(times.expected(np.array([float(arm)]))[0])

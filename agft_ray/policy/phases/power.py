@@ -1,11 +1,12 @@
 """Mean power of a window: `sum over phases of (share of time) x P_phase(clock)`.
 
 Energy is measured by window only, so what each phase draws at each clock is told apart by
-regression on exposures, the shares of time. P of prefill and decode is piecewise linear in
-f, with second differences penalised (P-spline, see `step_time`), a level of its own at default
-clocks (where a power cap may hold the clock down), and for decode a term in the logarithm of the
-batch. Below the lowest clock f measured, P is taken to fall as `0.3 + 0.7 f'/f`: so that walking
-down goes on through clocks between which a power cap leaves no difference. P of an empty engine is a level each for default clocks, the lowest clock, others.
+regression on exposures, the shares of time. P of prefill and of decode is piecewise linear in f,
+with second differences penalised (P-spline, see `step_time`), and a level of its own at default
+clocks, where a power cap may hold the clock down; P of decode has a term in the logarithm of the
+batch. Below the lowest clock f measured, P is taken to fall as `(f'/f)^1.5`, so that walking down
+goes on through clocks between which a power cap leaves no difference. P of an empty engine is a
+level each for default clocks, the lowest clock, and the last one.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ RIDGE = 1e-3
 
 HOPES = 0.5, 0.7
 """Power of the lowest and the last clock while empty, against default clocks, before it is seen."""
-_FLOOR = 0.3
-"""Share of power that no clock lowers, before it is known better."""
+_EXPONENT = 1.5
+"""P below the lowest clock measured goes as f to this power: hope, so that it is measured."""
 
 
 class PowerSums:
@@ -78,8 +79,11 @@ class PowerSums:
     def restored(cls, snapshot: Mapping[str, Any]) -> PowerSums:
         """The sums of a snapshot; raises `ValueError` if they are malformed."""
         sums = cls()
-        for name, shape in (("gram", (FEATURES, FEATURES)), ("response", (FEATURES,)),
-                            ("idle_s", (3,))):
+        for name, shape in (
+            ("gram", (FEATURES, FEATURES)),
+            ("response", (FEATURES,)),
+            ("idle_s", (3,)),
+        ):
             array = np.array(snapshot[name], dtype=float)
             if array.shape != shape or not np.isfinite(array).all():
                 raise ValueError(f"sums of power: {name} is not {shape} finite numbers")
@@ -115,7 +119,7 @@ class Powers:
     def _at(self, phase: int, clocks_mhz: np.ndarray, lowest_mhz: float) -> np.ndarray:
         curve = self.values[phase : phase + len(KNOTS)]
         inside = np.interp(np.maximum(clocks_mhz, lowest_mhz), KNOTS, curve)
-        falls = _FLOOR + (1.0 - _FLOOR) * np.minimum(clocks_mhz / lowest_mhz, 1.0)
+        falls = np.minimum(clocks_mhz / lowest_mhz, 1.0) ** _EXPONENT
         return np.asarray(np.maximum(inside, 1.0) * falls)
 
 
@@ -143,9 +147,10 @@ def fit(
     everything = float(sums.response.sum() / max(float(sums.gram.sum()), 1e-9))
     guess = np.full(FEATURES, everything)
     guess[BATCH] = 0.0
-    rough = np.linalg.solve(sums.gram + _SMOOTH + 1e-2 * np.eye(FEATURES),
-                            sums.response + 1e-2 * guess)
-    falls = _FLOOR + (1.0 - _FLOOR) * np.minimum(KNOTS / top_mhz, 1.0)
+    rough = np.linalg.solve(
+        sums.gram + _SMOOTH + 1e-2 * np.eye(FEATURES), sums.response + 1e-2 * guess
+    )
+    falls = np.minimum(KNOTS / top_mhz, 1.0) ** _EXPONENT
     for phase in (PREFILL, DECODE):
         level = rough[phase + CURVE - 1] if seen[phase + CURVE - 1] > 0 else everything
         guess[phase : phase + len(KNOTS)] = level * falls

@@ -16,7 +16,7 @@ from agft_ray.policy.phases.work import FEATURES, WorkSums
 
 KNOTS = np.linspace(1.0, 4.0, 31)
 """Of f_max/f."""
-ROUNDS = 4
+ROUNDS = 6
 RIDGE = 1e-4
 """Penalty on b as a share of its features' own weight."""
 ROUGHNESS = 0.3
@@ -40,6 +40,8 @@ class StepTimes:
     """h there."""
     curve: np.ndarray
     """h at the knots."""
+    error: float = 0.0
+    """Standard error of h, relative: of the mean time of the windows at default clocks."""
 
     def base_s(self, work: np.ndarray) -> float:
         """Time of this work at default clocks, in s."""
@@ -52,13 +54,16 @@ class StepTimes:
 
     def expected(self, clocks_mhz: np.ndarray) -> np.ndarray:
         """h at clocks, as good a guess below the lowest one measured as above it."""
-        return np.interp(self.top_mhz / clocks_mhz, KNOTS, self.curve)
+        clocks = np.minimum(clocks_mhz, self.top_mhz)
+        return np.asarray(np.interp(self.top_mhz / clocks, KNOTS, self.curve))
 
     def slowdown(self, clocks_mhz: np.ndarray) -> np.ndarray:
-        """h at clocks. Below the lowest one measured the worst that can be: as 1/f."""
+        """The upper end of h at clocks. Below the lowest one measured the worst that can be: as
+        1/f."""
         lowest = self.lowest_mhz
-        inside = np.interp(self.top_mhz / np.maximum(clocks_mhz, lowest), KNOTS, self.curve)
-        return np.asarray(inside * np.maximum(lowest / clocks_mhz, 1.0))
+        inside = self.expected(np.maximum(clocks_mhz, lowest)) * (1.0 + self.error)
+        worst = inside * np.maximum(lowest / clocks_mhz, 1.0)
+        return np.asarray(np.clip(worst, 1.0, np.maximum(self.top_mhz / clocks_mhz, 1.0)))
 
 
 ALIKE = 0.012
@@ -69,18 +74,27 @@ def fit(sums: WorkSums, top_mhz: float, min_steps: float) -> StepTimes:
     """The model of a phase from its sums; clocks with fewer steps are not taken as measured."""
     clocks = sums.clocks(top_mhz)
     basis = _hats(top_mhz / clocks)
-    # From default clocks alone: begun elsewhere, b would take for work what the clock has done.
-    costs = _costs(sums, np.eye(1, len(clocks))[0])
+    costs, curve = np.zeros(FEATURES), np.ones(len(KNOTS))
     for _ in range(ROUNDS):
+        slowdowns = np.where(np.arange(len(clocks)) == 0, 1.0, basis @ curve)
+        costs = _scaled(sums, _costs(sums, slowdowns))
         curve = _curve(sums, costs, basis)
-        costs = _costs(sums, np.where(np.arange(len(clocks)) == 0, 1.0, basis @ curve))
-    curve = _possible(_curve(sums, costs, basis))
+    curve = _possible(curve)
     near = np.abs(np.log(clocks[:, None] / clocks[None, :])) < ALIKE
     near[:, 0] = False
     known = (near @ sums.steps >= min_steps) & (np.arange(len(clocks)) > 0)
     order = np.argsort(clocks[known])
     measured = clocks[known][order]
-    return StepTimes(costs, top_mhz, measured, (basis @ curve)[known][order], curve)
+    error = _error(sums, costs, basis @ curve)
+    return StepTimes(costs, top_mhz, measured, (basis @ curve)[known][order], curve, error)
+
+
+def _error(sums: WorkSums, costs: np.ndarray, slowdowns: np.ndarray) -> float:
+    """Of windows' times, weighted by 1/t², the squares add up to their number."""
+    squares = np.einsum("i,kij,j->k", costs, sums.grams, costs) * slowdowns**2
+    rest = sums.windows - 2.0 * slowdowns * (sums.responses @ costs) + squares
+    spread = max(0.0, float(rest.sum())) / max(float(sums.windows.sum()) - FEATURES, 1.0)
+    return float(np.sqrt(spread / max(float(sums.windows[0]), 1.0)))
 
 
 def _hats(x: np.ndarray) -> np.ndarray:
@@ -95,6 +109,13 @@ def _costs(sums: WorkSums, slowdowns: np.ndarray) -> np.ndarray:
     response = slowdowns @ sums.responses
     penalty = np.diag(RIDGE * np.diagonal(gram) + 1e-9)
     return np.linalg.solve(gram + penalty, response)
+
+
+def _scaled(sums: WorkSums, costs: np.ndarray) -> np.ndarray:
+    """b by its proportions from all clocks, but its size from default clocks alone: else b would
+    take for work what the clock has done."""
+    square = float(costs @ sums.grams[0] @ costs)
+    return costs * float(costs @ sums.responses[0]) / square if square > 0 else costs
 
 
 def _curve(sums: WorkSums, costs: np.ndarray, basis: np.ndarray) -> np.ndarray:
