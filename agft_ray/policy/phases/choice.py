@@ -32,6 +32,8 @@ LONG_STEP = 2.0
 """A pair pays where a step with prefill lasts so many clock changes."""
 
 
+CURIOSITY = 0.004
+"""What a clock not measured yet is worth trying for, as a share."""
 VISIBLE = 1.01
 """A slowdown that is more than error."""
 
@@ -81,13 +83,13 @@ def choose(
     # What is not measured is predicted at its worst: there the margin is not needed.
     margin = np.where(explores, 0.0, config.margin)
     fits = _within(config, models.load, latency, ratios, margin)
+    costs = np.where(explores, costs * (1.0 - CURIOSITY), costs)
     if not fits.any():
         return None
     before = _index(grid, now, top, lowest)
     best = int(np.argmin(np.where(fits, costs, np.inf)))
     cost_before = float(costs[before]) if before is not None and fits[before] else np.inf
-    gain = 0.0 if explores[best] else config.gain  # what is not known is worth a try for less
-    if before is not None and costs[best] >= cost_before * (1.0 - gain):
+    if before is not None and costs[best] >= cost_before * (1.0 - config.gain):
         best = before
     plan = _plan(grid, best, lowest)
     if not may[0] and not one:

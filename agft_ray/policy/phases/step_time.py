@@ -19,8 +19,10 @@ KNOTS = np.linspace(1.0, 4.0, 31)
 ROUNDS = 6
 RIDGE = 1e-4
 """Penalty on b as a share of its features' own weight."""
-ROUGHNESS = 0.3
-"""Penalty on second differences of h, in windows. 0.04 in one is what a crossover needs."""
+BEND = 0.04
+"""Second difference of h between knots that is not unusual: a crossover has that of some. The
+penalty weighs it against the spread of windows."""
+LEAST_SPREAD = 1e-4
 LEVEL = 1e-3
 """Pull of h to 1, in windows: only where nothing is known."""
 DEFAULT_WEIGHT = 1e5
@@ -78,23 +80,24 @@ def fit(sums: WorkSums, top_mhz: float, min_steps: float) -> StepTimes:
     for _ in range(ROUNDS):
         slowdowns = np.where(np.arange(len(clocks)) == 0, 1.0, basis @ curve)
         costs = _scaled(sums, _costs(sums, slowdowns))
-        curve = _curve(sums, costs, basis)
+        curve = _curve(sums, costs, basis, _spread(sums, costs, slowdowns))
     curve = _possible(curve)
     near = np.abs(np.log(clocks[:, None] / clocks[None, :])) < ALIKE
     near[:, 0] = False
     known = (near @ sums.steps >= min_steps) & (np.arange(len(clocks)) > 0)
     order = np.argsort(clocks[known])
     measured = clocks[known][order]
-    error = _error(sums, costs, basis @ curve)
+    spread = _spread(sums, costs, basis @ curve)
+    error = float(np.sqrt(spread / max(float(sums.windows[0]), 1.0)))
     return StepTimes(costs, top_mhz, measured, (basis @ curve)[known][order], curve, error)
 
 
-def _error(sums: WorkSums, costs: np.ndarray, slowdowns: np.ndarray) -> float:
-    """Of windows' times, weighted by 1/t², the squares add up to their number."""
+def _spread(sums: WorkSums, costs: np.ndarray, slowdowns: np.ndarray) -> float:
+    """Variance of windows' times about the model, relative: as they are weighted by 1/t², their
+    squares add up to their number."""
     squares = np.einsum("i,kij,j->k", costs, sums.grams, costs) * slowdowns**2
     rest = sums.windows - 2.0 * slowdowns * (sums.responses @ costs) + squares
-    spread = max(0.0, float(rest.sum())) / max(float(sums.windows.sum()) - FEATURES, 1.0)
-    return float(np.sqrt(spread / max(float(sums.windows[0]), 1.0)))
+    return max(0.0, float(rest.sum())) / max(float(sums.windows.sum()) - FEATURES, 1.0)
 
 
 def _hats(x: np.ndarray) -> np.ndarray:
@@ -118,11 +121,12 @@ def _scaled(sums: WorkSums, costs: np.ndarray) -> np.ndarray:
     return costs * float(costs @ sums.responses[0]) / square if square > 0 else costs
 
 
-def _curve(sums: WorkSums, costs: np.ndarray, basis: np.ndarray) -> np.ndarray:
+def _curve(sums: WorkSums, costs: np.ndarray, basis: np.ndarray, spread: float) -> np.ndarray:
     weights = np.einsum("i,kij,j->k", costs, sums.grams, costs)
     pulls = sums.responses @ costs
     locked = basis[1:]
-    left = locked.T @ (weights[1:, None] * locked) + _SMOOTH
+    left = locked.T @ (weights[1:, None] * locked)
+    left += max(spread, LEAST_SPREAD) / BEND**2 * _SECOND + LEVEL * np.eye(len(KNOTS))
     left[0, 0] += DEFAULT_WEIGHT
     right = locked.T @ pulls[1:] + LEVEL
     right[0] += DEFAULT_WEIGHT
@@ -137,9 +141,9 @@ def _possible(curve: np.ndarray) -> np.ndarray:
     return result
 
 
-def _smoothness() -> np.ndarray:
+def _second_differences() -> np.ndarray:
     second = np.diff(np.eye(len(KNOTS)), 2, axis=0)
-    return np.asarray(ROUGHNESS * second.T @ second + LEVEL * np.eye(len(KNOTS)))
+    return np.asarray(second.T @ second)
 
 
-_SMOOTH = _smoothness()
+_SECOND = _second_differences()
