@@ -27,6 +27,8 @@ MIN_DECODE_STEPS, MIN_PREFILL_STEPS = 12.0, 2.0
 """Steps at a clock from which on it counts as measured: none lower is tried before."""
 DRIFT_GAIN = 0.05
 """Weight of a window in the mean error of predicted step times."""
+MIN_IDLE = 0.03
+"""Share of a window that is taken to have been empty."""
 MAX_ERROR = 0.4
 """Of one window; more is cut."""
 RELEARN_FACTOR = 0.02
@@ -202,6 +204,9 @@ class PhasesPolicy:
         scale = max(1.0, (prefill_s + decode_s) / duration_s) * duration_s
         shares = [prefill_s / scale, decode_s / scale]
         shares.append(max(0.0, 1.0 - sum(shares)))
+        if shares[2] < MIN_IDLE:  # rather steps that count in the window after
+            busy = shares[0] + shares[1]
+            shares = [shares[0] / busy, shares[1] / busy, 0.0]
         steps = window.decode_steps
         batch = steps.tokens / steps.steps if steps.steps else 1.0
         x = power.exposure(shares, (plan.prefill, plan.decode), idle_kind(plan, None), batch)

@@ -32,6 +32,9 @@ RIDGE = 1e-3
 """Pull to the guess where nothing is known, in windows."""
 
 
+IDLE_SHARE, IDLE_PULL = 0.6, 0.1
+"""An empty engine is taken to draw that share of the mean power, as if so many windows had shown
+it: where it is hardly ever empty nothing can be learned of it."""
 HOPES = 0.5, 0.7
 """Power of the lowest and the last clock while empty, against default clocks, before it is seen."""
 _EXPONENT = 1.5
@@ -147,19 +150,20 @@ def fit(
     everything = float(sums.response.sum() / max(float(sums.gram.sum()), 1e-9))
     guess = np.full(FEATURES, everything)
     guess[BATCH] = 0.0
-    rough = np.linalg.solve(
-        sums.gram + _SMOOTH + 1e-2 * np.eye(FEATURES), sums.response + 1e-2 * guess
-    )
+    guess[IDLE:] = IDLE_SHARE * everything
+    pull = np.full(FEATURES, 10.0 * RIDGE)
+    pull[IDLE:] = IDLE_PULL
+    rough = np.linalg.solve(sums.gram + _SMOOTH + np.diag(pull), sums.response + pull * guess)
     falls = np.minimum(KNOTS / top_mhz, 1.0) ** _EXPONENT
     for phase in (PREFILL, DECODE):
         level = rough[phase + CURVE - 1] if seen[phase + CURVE - 1] > 0 else everything
         guess[phase : phase + len(KNOTS)] = level * falls
     # A kind of idle clock not yet seen is hoped to be cheaper, so that it is tried.
-    idle_w = rough[IDLE + IDLE_DEFAULT] if seen[IDLE + IDLE_DEFAULT] > 0 else everything
+    idle_w = rough[IDLE + IDLE_DEFAULT]
+    guess[IDLE + IDLE_DEFAULT] = idle_w
     guess[IDLE + IDLE_LOWEST], guess[IDLE + IDLE_LAST] = HOPES[0] * idle_w, HOPES[1] * idle_w
-    values = np.linalg.solve(
-        sums.gram + _SMOOTH + RIDGE * np.eye(FEATURES), sums.response + RIDGE * guess
-    )
+    pull[:IDLE] = RIDGE
+    values = np.linalg.solve(sums.gram + _SMOOTH + np.diag(pull), sums.response + pull * guess)
     for phase in (PREFILL, DECODE):
         curve = slice(phase, phase + len(KNOTS))
         values[curve] = _rising(values[curve])

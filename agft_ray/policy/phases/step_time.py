@@ -3,7 +3,7 @@
 h is 1 at default clocks, does not fall as the clock does, and rises at most as 1/f: nothing on a
 GPU slows faster than its clock. It is piecewise linear in f_max/f (a P-spline: Eilers and Marx,
 Statistical Science 11(2), 1996: second differences of its values at knots are penalised), b a ridge
-regression; each is fitted with the other held, in turn, on sums by clock (`work.WorkSums`).
+regression, fitted first. All is computed from sums by clock (`work.WorkSums`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from agft_ray.policy.phases.work import FEATURES, WorkSums
 
 KNOTS = np.linspace(1.0, 4.0, 31)
 """Of f_max/f."""
-ROUNDS = 6
+ROUNDS = 3
 RIDGE = 1e-4
 """Penalty on b as a share of its features' own weight."""
 BEND = 0.04
@@ -74,30 +74,32 @@ ALIKE = 0.012
 
 def fit(sums: WorkSums, top_mhz: float, min_steps: float) -> StepTimes:
     """The model of a phase from its sums; clocks with fewer steps are not taken as measured."""
+    sums = sums.with_top(int(top_mhz))
     clocks = sums.clocks(top_mhz)
     basis = _hats(top_mhz / clocks)
-    costs, curve = np.zeros(FEATURES), np.ones(len(KNOTS))
-    for _ in range(ROUNDS):
-        slowdowns = np.where(np.arange(len(clocks)) == 0, 1.0, basis @ curve)
-        costs = _scaled(sums, _costs(sums, slowdowns))
-        curve = _curve(sums, costs, basis, _spread(sums, costs, slowdowns))
+    costs = _costs(sums)
+    _, spread = _free_slowdowns(sums, costs)
+    curve = _curve(sums, costs, basis, spread)
     curve = _possible(curve)
     near = np.abs(np.log(clocks[:, None] / clocks[None, :])) < ALIKE
     near[:, 0] = False
     known = (near @ sums.steps >= min_steps) & (np.arange(len(clocks)) > 0)
     order = np.argsort(clocks[known])
     measured = clocks[known][order]
-    spread = _spread(sums, costs, basis @ curve)
     error = float(np.sqrt(spread / max(float(sums.windows[0]), 1.0)))
     return StepTimes(costs, top_mhz, measured, (basis @ curve)[known][order], curve, error)
 
 
-def _spread(sums: WorkSums, costs: np.ndarray, slowdowns: np.ndarray) -> float:
-    """Variance of windows' times about the model, relative: as they are weighted by 1/t², their
-    squares add up to their number."""
-    squares = np.einsum("i,kij,j->k", costs, sums.grams, costs) * slowdowns**2
-    rest = sums.windows - 2.0 * slowdowns * (sums.responses @ costs) + squares
-    return max(0.0, float(rest.sum())) / max(float(sums.windows.sum()) - FEATURES, 1.0)
+def _free_slowdowns(sums: WorkSums, costs: np.ndarray) -> tuple[np.ndarray, float]:
+    """The best h of each clock for itself, and the variance of windows' times about it, relative:
+    as they are weighted by 1/t², their squares add up to their number."""
+    squares = np.einsum("i,kij,j->k", costs, sums.grams, costs)
+    pulls = sums.responses @ costs
+    slowdowns = np.maximum(pulls / np.maximum(squares, 1e-12), 0.0)
+    slowdowns[0] = 1.0
+    rest = sums.windows - 2.0 * slowdowns * pulls + squares * slowdowns**2
+    free = max(float(sums.windows.sum()) - FEATURES - len(slowdowns), 1.0)
+    return slowdowns, max(0.0, float(rest.sum())) / free
 
 
 def _hats(x: np.ndarray) -> np.ndarray:
@@ -107,18 +109,29 @@ def _hats(x: np.ndarray) -> np.ndarray:
     return np.asarray(np.maximum(0.0, 1.0 - np.abs(x[:, None] - KNOTS[None, :]) / step))
 
 
-def _costs(sums: WorkSums, slowdowns: np.ndarray) -> np.ndarray:
-    gram = np.einsum("k,kij->ij", slowdowns**2, sums.grams)
-    response = slowdowns @ sums.responses
-    penalty = np.diag(RIDGE * np.diagonal(gram) + 1e-9)
-    return np.linalg.solve(gram + penalty, response)
+def _costs(sums: WorkSums) -> np.ndarray:
+    """b: its size from default clocks alone, its proportions from windows at any one clock too.
 
-
-def _scaled(sums: WorkSums, costs: np.ndarray) -> np.ndarray:
-    """b by its proportions from all clocks, but its size from default clocks alone: else b would
-    take for work what the clock has done."""
-    square = float(costs @ sums.grams[0] @ costs)
-    return costs * float(costs @ sums.responses[0]) / square if square > 0 else costs
+    Gauss-Newton on the squares with each clock's h free, which takes the direction of b out of its
+    gram: a clock seen once says nothing of b. Else b would take for work what the clock has done.
+    """
+    default, locked = sums.grams[0], sums.grams[1:]
+    penalty = np.diag(RIDGE * np.diagonal(default) + RIDGE)
+    penalty[0, 0] = 1e-9
+    costs = np.linalg.solve(default + penalty, sums.responses[0])
+    for _ in range(ROUNDS):
+        slowdowns, _ = _free_slowdowns(sums, costs)
+        h = slowdowns[1:, None]
+        times = locked @ costs
+        squares = np.maximum(times @ costs, 1e-12)
+        inner = h[:, :, None] ** 2 * (
+            locked - times[:, :, None] * times[:, None, :] / squares[:, None, None]
+        )
+        gram = default + penalty + inner.sum(axis=0)
+        rest = sums.responses[0] - (default + penalty) @ costs
+        rest = rest + (h * (sums.responses[1:] - h * times)).sum(axis=0)
+        costs = costs + np.linalg.solve(gram, rest)
+    return costs
 
 
 def _curve(sums: WorkSums, costs: np.ndarray, basis: np.ndarray, spread: float) -> np.ndarray:

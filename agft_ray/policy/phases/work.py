@@ -96,6 +96,22 @@ class WorkSums:
         """Steps at default clocks, discounted."""
         return float(self.steps[0])
 
+    def with_top(self, top_mhz: int) -> WorkSums:
+        """The same with evidence of the highest clock as that of default clocks: no clock is
+        faster, so it is their like."""
+        row = self.keys.get(top_mhz)
+        if row is None:
+            return self
+        sums = WorkSums()
+        keys = [key for key in self.keys if key != top_mhz]
+        sums.keys = {key: i for i, key in enumerate(keys)}
+        for name in _ARRAYS:
+            array = getattr(self, name)
+            rest = np.delete(array, row, axis=0)
+            rest[0] += array[row]
+            setattr(sums, name, rest)
+        return sums
+
     def clocks(self, arms_mhz: float) -> np.ndarray:
         """The clocks by row; default clocks count as the highest, `arms_mhz`."""
         return np.array([key or arms_mhz for key in self.keys], dtype=float)
