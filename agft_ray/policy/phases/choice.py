@@ -92,8 +92,8 @@ def choose(
     if before is not None and costs[best] >= cost_before * (1.0 - config.gain):
         best = before
     plan = _plan(grid, best, lowest)
-    if not may[0] and not one:
-        plan = replace(plan, prefill=None)
+    if not may[0]:  # evidence of default clocks is still needed
+        plan = replace(plan, prefill=None, decode=None if one else plan.decode)
     return Choice(
         plan, float(costs[best]), cost_before,
         float(ratios.ttft[best]), float(ratios.tpot[best]), float(ratios.e2e[best]),
