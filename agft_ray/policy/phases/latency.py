@@ -56,7 +56,8 @@ class LatencyModel:
 
     def __init__(self, load: Load, switch_s: float) -> None:
         self._load = load
-        self._lags = _lag_s(load, switch_s)
+        step_s = load.decode_step_s * load.decode_slowdown
+        self._lags = left_of_switch_s(step_s, switch_s), switch_s
         self._rate = load.interference / max(load.prefill_step_s * load.prefill_slowdown, 1e-9)
         one = np.ones(1)
         self._tpot_0 = self._tpot_s(one, one, one)
@@ -104,14 +105,16 @@ class LatencyModel:
         waiting_s = own_s * load.prefill_spread * utilization / (2.0 * (1.0 - utilization))
         rest_s = load.decode * load.decode_step_s * slowdowns.decode / 2.0
         decode_s, idle_s = self._lags
-        lag_s = decode_s * slowdowns.decode_lag + idle_s * slowdowns.idle_lag
+        # No more than the whole step can run at the clock before.
+        lag_s = load.decode * _lost_s(decode_s, own_s, slowdowns.decode_lag)
+        lag_s = lag_s + load.idle * _lost_s(idle_s, own_s, slowdowns.idle_lag)
         return np.asarray(np.maximum(own_s + waiting_s + rest_s + lag_s, 1e-9))
 
 
-def _lag_s(load: Load, switch_s: float) -> tuple[float, float]:
-    """Mean time at the clock before, for a prompt that finds the engine decoding, or empty."""
-    left_s = left_of_switch_s(load.decode_step_s * load.decode_slowdown, switch_s)
-    return load.decode * left_s, load.idle * switch_s
+def _lost_s(time_s: float, step_s: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    """What a step of `step_s` at its own clock loses if it is at another for `time_s` at first."""
+    whole_s = step_s / np.maximum(1.0 - lost, 1e-3)
+    return np.asarray(np.minimum(time_s, whole_s) * lost)
 
 
 def left_of_switch_s(step_s: float, switch_s: float) -> float:
