@@ -28,12 +28,14 @@ from agft_ray.types import Arm, Plan
 DELAY_EXPONENTS = {"energy": 0.0, "edp": 1.0, "ed2p": 2.0}
 OFFSETS = np.array([0, 1, 2, 3, 4, 6, 8, 11, 15, 20])
 """Clocks of a phase that are considered at once: so many places from the present one."""
-LONG_STEP = 2.0
-"""A pair pays where a step with prefill lasts so many clock changes."""
+LONG_STEP = 1.0
+"""A pair pays where a step with prefill lasts longer than so many clock changes."""
 
 
 CURIOSITY = 0.004
 """What a clock not measured yet is worth trying for, as a share."""
+TTFT_MARGINS = 2.5
+"""Margins that predictions of TTFT, which are coarser, stay below its bound."""
 VISIBLE = 1.01
 """A slowdown that is more than error."""
 
@@ -171,9 +173,9 @@ def _predict(
         lost(models.prefill, grid.prefill, idle_mhz),
     )
     seen = latency.seen
-    # The bounds take the worst of what is not measured, energy what is likely; and so do TPOT and
+    # The bounds take the worst of what is not known, energy what is hoped; and so do TPOT and
     # E2E of prefill, whose own bound is on TTFT, lest decode leave it no room to be measured.
-    expected = models.prefill.expected(grid.prefill), models.decode.expected(grid.decode)
+    expected = models.prefill.hoped(grid.prefill), models.decode.hoped(grid.decode)
     worst = latency.ratios(slow)
     rest = latency.ratios(replace(slow, prefill=expected[0]))
     ratios = Ratios(worst.ttft, rest.tpot, rest.e2e)
@@ -191,14 +193,14 @@ def _within(
 ) -> np.ndarray:
     seen = latency.seen
     fits = np.ones(ratios.tpot.shape, dtype=bool)
-    for ratio, now, latest_s, slo_s in (
-        (ratios.ttft, seen.ttft, load.ttft_s, config.ttft_slo_s),
-        (ratios.tpot, seen.tpot, load.tpot_s, config.tpot_slo_s),
-        (ratios.e2e, seen.e2e, load.e2e_s, config.e2e_slo_s),
+    for ratio, now, latest_s, slo_s, margins in (
+        (ratios.ttft, seen.ttft, load.ttft_s, config.ttft_slo_s, TTFT_MARGINS),
+        (ratios.tpot, seen.tpot, load.tpot_s, config.tpot_slo_s, 1.0),
+        (ratios.e2e, seen.e2e, load.e2e_s, config.e2e_slo_s, 1.0),
     ):
-        limit = 1.0 + config.bound - margin
+        limit = 1.0 + config.bound - margins * margin
         if slo_s is not None and latest_s > 0:
-            limit = np.maximum(1.0, slo_s / (latest_s / float(now[0])) - margin)
+            limit = np.maximum(1.0, slo_s / (latest_s / float(now[0])) - margins * margin)
         fits &= ratio <= limit
     return fits
 

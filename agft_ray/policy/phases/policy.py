@@ -23,7 +23,7 @@ from agft_ray.policy.statistics import is_evidence
 from agft_ray.types import Arm, Context, Decision, Outcome, Plan, Window
 
 SNAPSHOT_SCHEMA = 1
-MIN_DECODE_STEPS, MIN_PREFILL_STEPS = 12.0, 2.0
+MIN_DECODE_STEPS, MIN_PREFILL_STEPS = 12.0, 3.0
 """Steps at a clock from which on it counts as measured: none lower is tried before."""
 DRIFT_GAIN = 0.05
 """Weight of a window in the mean error of predicted step times."""

@@ -42,6 +42,8 @@ class StepTimes:
     """h there."""
     curve: np.ndarray
     """h at the knots."""
+    hope: np.ndarray
+    """The lower end of h at the knots: near 1 where windows are too few for their spread."""
     error: float = 0.0
     """Standard error of h, relative: of the mean time of the windows at default clocks."""
 
@@ -59,6 +61,11 @@ class StepTimes:
         clocks = np.minimum(clocks_mhz, self.top_mhz)
         return np.asarray(np.interp(self.top_mhz / clocks, KNOTS, self.curve))
 
+    def hoped(self, clocks_mhz: np.ndarray) -> np.ndarray:
+        """The lower end of h at clocks: what makes it worth while to measure them."""
+        clocks = np.minimum(clocks_mhz, self.top_mhz)
+        return np.asarray(np.interp(self.top_mhz / clocks, KNOTS, self.hope))
+
     def slowdown(self, clocks_mhz: np.ndarray) -> np.ndarray:
         """The upper end of h at clocks. Below the lowest one measured the worst that can be: as
         1/f."""
@@ -68,6 +75,8 @@ class StepTimes:
         return np.asarray(np.clip(worst, 1.0, np.maximum(self.top_mhz / clocks_mhz, 1.0)))
 
 
+NEAR, SURE = 0.03, 0.02
+"""Windows at clocks so near tell of h; an error of h of which it is sure enough."""
 ALIKE = 0.012
 """Clocks that differ by less, as a share, are measured together."""
 
@@ -87,7 +96,16 @@ def fit(sums: WorkSums, top_mhz: float, min_steps: float) -> StepTimes:
     order = np.argsort(clocks[known])
     measured = clocks[known][order]
     error = float(np.sqrt(spread / max(float(sums.windows[0]), 1.0)))
-    return StepTimes(costs, top_mhz, measured, (basis @ curve)[known][order], curve, error)
+    hope = _hope(curve, top_mhz / clocks, sums.windows, spread)
+    return StepTimes(costs, top_mhz, measured, (basis @ curve)[known][order], curve, hope, error)
+
+
+def _hope(curve: np.ndarray, x: np.ndarray, windows: np.ndarray, spread: float) -> np.ndarray:
+    """h drawn to 1 as by so many windows as it takes to know it to `SURE`."""
+    near = np.exp(-((np.log(KNOTS[:, None] / x[None, :]) / NEAR) ** 2)) @ windows
+    return np.asarray(
+        np.maximum.accumulate(1.0 + (curve - 1.0) * near / (near + spread / SURE**2 + 1e-9))
+    )
 
 
 def _free_slowdowns(sums: WorkSums, costs: np.ndarray) -> tuple[np.ndarray, float]:
