@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from agft_ray.calibration.fitting import Array, Fit, FittedNumber, Parameter, fit
+from agft_ray.calibration.assembling import assembled
+from agft_ray.calibration.fitting import Array, Fit, Parameter, fit
 from agft_ray.calibration.measurements import Measurement
 from agft_ray.errors import ConfigError
 from agft_ray.simulation.physics import (
@@ -23,7 +24,6 @@ from agft_ray.simulation.profiles import (
     GpuProfile,
     ModelProfile,
     PowerProfile,
-    parse_gpu_profile,
 )
 
 CAPPED_SHARE = 0.985
@@ -79,8 +79,9 @@ def calibrate(
     if len(powered) >= 2:
         power, power_part = _fit_power(powered, base, part)
     step_time, power = _prefixed(step_time, f"models.{model}."), _prefixed(power, "power.")
+    fitted = {path: n for found in (step_time, power) if found for path, n in found.fitted.items()}
     return Calibration(
-        profile=_assembled(base, power_part, (model, part), name, [step_time, power]),
+        profile=assembled(base, power_part, (model, part), name, fitted),
         model=model,
         base=base.name,
         step_time=step_time,
@@ -210,43 +211,3 @@ def _prefixed(found: Fit | None, prefix: str) -> Fit | None:
         fitted={prefix + name: number for name, number in found.fitted.items()},
         kept={prefix + name: reason for name, reason in found.kept.items()},
     )
-
-
-def _assembled(
-    base: GpuProfile,
-    power: PowerProfile,
-    model: tuple[str, ModelProfile],
-    name: str,
-    fits: Sequence[Fit | None],
-) -> GpuProfile:
-    """The base with what was fitted, its one LLM, and the ranges that still hold."""
-    model_name, model_profile = model
-    fitted = {path: number for found in fits if found for path, number in found.fitted.items()}
-    other_models = tuple(f"models.{other}." for other in base.models if other != model_name)
-    ranges = {
-        path: interval
-        for path, interval in base.ranges.items()
-        if path not in fitted and not path.startswith(other_models)
-    }
-    values = base.model_dump() | {
-        "name": name,
-        "power": power.model_dump(),
-        "models": {model_name: model_profile.model_dump()},
-        "ranges": ranges | _two_standard_errors(fitted),
-    }
-    return parse_gpu_profile(values, f"profile {name}")
-
-
-def _two_standard_errors(
-    fitted: Mapping[str, FittedNumber],
-) -> dict[str, tuple[float, float]]:
-    ranges = {}
-    for path, number in fitted.items():
-        margin = 2.0 * number.standard_error
-        low, high = max(number.value - margin, 0.0), number.value + margin
-        if path.endswith(("issue_share", "decode.single")):
-            high = min(high, 1.0)
-        digits = ".0f" if path.endswith("_mhz") else ".4g"
-        ends = float(f"{low:{digits}}"), float(f"{high:{digits}}")
-        ranges[path] = min(ends[0], number.value), max(ends[1], number.value)
-    return ranges
