@@ -261,9 +261,11 @@ class Device:
         if self._history is not None:
             self._history(s.t_s, end_s, point.sm_clock_mhz, point.power_w, s.work)
         span_s = end_s - s.t_s
+        energy_j = point.power_w * span_s
         if self._done is not None and s.work is not None:
-            self._done.add(s.work, span_s / point.step_s, span_s, point.power_w * span_s)
-        s.energy_j += point.power_w * span_s
+            share = span_s / point.step_s
+            self._done.add(s.work, share, share * s.work.context_tokens, span_s, energy_j)
+        s.energy_j += energy_j
         s.sm_clock_mhz_s += point.sm_clock_mhz * span_s
         s.t_s = end_s
 
@@ -276,9 +278,8 @@ class Device:
             s.counter_energy_j = s.energy_j + series.energy_j(s.counter_t_s - s.t_s, steps)
         energy_j = series.energies_j.total(steps)
         if self._done is not None:
-            batch = first.decode_sequences
-            context_tokens = Progression(first.context_tokens, batch).total(steps)
-            self._done.add_decodes(batch, steps, context_tokens, span_s, energy_j)
+            context_tokens = Progression(first.context_tokens, first.decode_sequences).total(steps)
+            self._done.add(first, steps, context_tokens, span_s, energy_j)
         s.energy_j += energy_j
         s.sm_clock_mhz_s += series.sm_clock_mhz * span_s
         s.t_s = s.idle_since_s = end_s

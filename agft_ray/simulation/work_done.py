@@ -26,23 +26,29 @@ class WorkDone:
     decode_s: float = 0.0
     decode_j: float = 0.0
 
-    def add(self, work: StepWork, share: float, time_s: float, energy_j: float) -> None:
-        """A share of one step, which took so long."""
-        if work.prefill_tokens:
-            self.prefill.append((work, share))
+    @property
+    def busy_s(self) -> float:
+        """How long steps ran."""
+        return self.prefill_s + self.decode_s
+
+    def add(
+        self, first: StepWork, steps: float, context_tokens: float, time_s: float, energy_j: float
+    ) -> None:
+        """A share of a step, or a series of decode steps of which this is the first.
+
+        `context_tokens` is the sum over steps of what they read; they took so long, and so much
+        energy of all GPUs.
+        """
+        if first.prefill_tokens:
+            if self.prefill and self.prefill[-1][0] is first:
+                steps += self.prefill.pop()[1]
+            self.prefill.append((first, steps))
             self.prefill_s += time_s
             self.prefill_j += energy_j
-        else:
-            context_tokens = share * work.context_tokens
-            self.add_decodes(work.decode_sequences, share, context_tokens, time_s, energy_j)
-
-    def add_decodes(
-        self, sequences: int, steps: float, context_tokens: float, time_s: float, energy_j: float
-    ) -> None:
-        """Decode steps of one batch size, with their contexts summed."""
-        sums = self.decode.get(sequences)
+            return
+        sums = self.decode.get(first.decode_sequences)
         if sums is None:
-            self.decode[sequences] = [steps, context_tokens]
+            self.decode[first.decode_sequences] = [steps, context_tokens]
         else:
             sums[0] += steps
             sums[1] += context_tokens

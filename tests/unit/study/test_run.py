@@ -215,6 +215,7 @@ def test_a_spill_gives_back_what_it_took():
 
 def window(replica, index, **values):
     sums = {"energy_j": 1.0, "itl_sum_s": 0.5, "itl_count": 10, "sm_clock_mhz": 1000.0}
+    sums |= {"best_energy_j": 1.0, "regret_j": 0.0, "busy_s": 0.0, "over_bound": 0}
     rest = dict.fromkeys(
         ("ttft_sum_s", "ttft_count", "generation_tokens", "prompt_tokens", "running", "waiting"), 0
     )
