@@ -123,10 +123,8 @@ class BestClocks:
         gpu, model = self._gpu, self._model
         time_s = energy_j = 0.0
         for work, share in done.prefill:
-            clock, power_w = sm_clock_mhz, busy_power_w(gpu, model, work, sm_clock_mhz)
-            if power_w > gpu.power.cap_w:
-                clock = self._capped(functools.partial(busy_power_w, gpu, model, work), clock, 0)
-                power_w = busy_power_w(gpu, model, work, clock)
+            in_step_w = functools.partial(busy_power_w, gpu, model, work)
+            clock, power_w = self._under_cap(in_step_w, sm_clock_mhz, 0)
             step_s = share * step_time_s(model, work, clock)
             time_s += step_s
             energy_j += power_w * step_s
@@ -147,20 +145,28 @@ class BestClocks:
     def _cost(self, time_s: float, gpu_j: float) -> Cost:
         return Cost(time_s, self._model.tensor_parallel * gpu_j - self._idle_w * time_s)
 
-    def _capped(self, power_w: Callable[[int], float], target: int, kind: int) -> int:
-        """`clock_under_cap`, trying first what the cap left of the last step of this kind."""
-        last = self._cap_left.get(kind, target)
-        above = last + self._gpu.sm_clock_step_mhz
-        if above <= target and power_w(last) <= self._gpu.power.cap_w < power_w(above):
-            return last
-        self._cap_left[kind] = clock_under_cap(self._gpu, power_w, target)
-        return self._cap_left[kind]
+    def _under_cap(
+        self, power_w: Callable[[int], float], target: int, kind: int
+    ) -> tuple[int, float]:
+        """The clock of `clock_under_cap` and its power in W, asking for few.
+
+        What the cap left of the last step of this kind is tried first.
+        """
+        cap_w, last = self._gpu.power.cap_w, self._cap_left.get(kind, target)
+        if last < target and (last_w := power_w(last)) <= cap_w:
+            if power_w(last + self._gpu.sm_clock_step_mhz) > cap_w:
+                return last, last_w
+        elif last >= target and (target_w := power_w(target)) <= cap_w:
+            return target, target_w
+        clock = self._cap_left[kind] = clock_under_cap(self._gpu, power_w, target)
+        return clock, power_w(clock)
 
     def _capped_line(self, sequences: int, context_tokens: int, sm_clock_mhz: int) -> _Line:
         def power_w(clock: int) -> float:
             return self._line(sequences, clock).curve.power_w(context_tokens)
 
-        return self._line(sequences, self._capped(power_w, sm_clock_mhz, sequences))
+        clock, _ = self._under_cap(power_w, sm_clock_mhz, sequences)
+        return self._line(sequences, clock)
 
     def _line(self, sequences: int, sm_clock_mhz: int) -> _Line:
         line = self._lines.get((sequences, sm_clock_mhz))
@@ -205,16 +211,15 @@ class _Search:
 
     def best(self, limit_s: float, start: int) -> int:
         """The place of the cheapest clock that keeps the bound, downhill from `start`."""
-        at, here, last = start, self.cost(start), len(self._clocks) - 1
-        while at < last:
-            above = self.cost(at + 1)
-            if here.time_s <= limit_s and above.above_j >= here.above_j:
-                break
-            at, here = at + 1, above
-        while at:
-            below = self.cost(at - 1)
-            # Clocks that the power cap makes alike cost the same: go to the lowest of them.
-            if below.time_s > limit_s or below.above_j > here.above_j:
-                break
+        at, last = start, len(self._clocks) - 1
+        while at < last and self.cost(at).time_s > limit_s:
+            at += 1
+        here = self.cost(at)
+        # Clocks that the power cap makes alike cost the same: `<=` goes to the lowest of them.
+        while at and (below := self.cost(at - 1)).above_j <= here.above_j:
+            if below.time_s > limit_s:
+                return at  # from here on cost rises
             at, here = at - 1, below
+        while at < last and (above := self.cost(at + 1)).above_j < here.above_j:
+            at, here = at + 1, above
         return at
