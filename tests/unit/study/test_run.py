@@ -168,6 +168,14 @@ def test_default_clocks_run_once_if_named_too():
     assert [record.policy for record in records] == ["default", "fixed:1230"]
 
 
+def test_what_was_never_run_has_no_regret():
+    default, bound = study("lower_bound", seeds=(0,)).run(one_by_one, no_phase)
+    assert default.energy_regret > 0
+    names = ("energy_regret_j", "energy_regret", "windows_to_low_regret", "windows_over_bound")
+    assert all(bound.value(name) is None for name in names)
+    assert not any("converge" in name for name in bound.to_json())
+
+
 def test_rows_of_named_policies_are_kept(tmp_path):
     study("fixed:1230", seeds=(4,), folder=tmp_path).run(one_by_one, no_phase)
     assert (run_folder(tmp_path, "default", 4) / "windows.csv").exists()
