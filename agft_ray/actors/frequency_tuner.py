@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -18,7 +19,7 @@ from agft_ray.actors.messages import EnginePush, TunerReply, TunerSpec
 from agft_ray.actors.metrics_scraper import get_scraper, report_interval_s
 from agft_ray.actors.tuner_loop import TunerLoop
 from agft_ray.actors.tuner_metrics import TunerMetrics
-from agft_ray.actors.tuner_status import engine_figures, gpu_figures, tuner_figures
+from agft_ray.actors.tuner_status import with_engine, with_gpu, with_serve, with_tuner
 from agft_ray.errors import GpuError
 from agft_ray.policy.experience import Experience, Prior, PriorKey
 from agft_ray.policy.registry import build_policy
@@ -28,7 +29,7 @@ from agft_ray.settings import TunerConfig
 from agft_ray.telemetry.features import FEATURE_SCHEMA
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics, to_sample
-from agft_ray.telemetry.status import TunerState
+from agft_ray.telemetry.status import TunerState, TunerStatus
 from agft_ray.tuner import Tuner, WindowRecord
 from agft_ray.types import GpuSample, Mode
 
@@ -236,39 +237,34 @@ class FrequencyTuner:
     async def _status(self) -> dict[str, Any]:
         """Figures for people. Energy and counters are read together, at `t_s`."""
         loop = self._loop
-        status: dict[str, Any] = {
-            "rank": self._rank,
-            "role": self._role(),
-            "mode": loop.config.mode,
-            "state": str(TunerState.UNAVAILABLE if loop.unavailable else TunerState.STARTING),
-            "reason": loop.gpu_lost or loop.unavailable,
-            "tuner_pid": os.getpid(),
-            "guard_pid": loop.guard_pid,
-            "windows": self._windows,
-            "restored_windows": self._restored_windows,
-            "loop_cpu_s": loop.cpu_s,
-        }
+        status = TunerStatus(
+            rank=self._rank,
+            role=self._role(),
+            mode=loop.config.mode,
+            state=str(TunerState.UNAVAILABLE if loop.unavailable else TunerState.STARTING),
+            reason=loop.gpu_lost or loop.unavailable,
+            tuner_pid=os.getpid(),
+            guard_pid=loop.guard_pid,
+            windows=self._windows,
+            restored_windows=self._restored_windows,
+            loop_cpu_s=loop.cpu_s,
+        )
         if loop.tuner is not None:
-            status |= await self._figures_of(loop.tuner)
+            status = await self._status_with(status, loop.tuner)
         samples = self._inbox.since(float("-inf"))
         if samples:
-            status |= engine_figures(samples[-1])
-        return status | self._figures
+            status = with_engine(status, samples[-1])
+        return status.as_dict() | self._figures
 
-    async def _figures_of(self, tuner: Tuner) -> dict[str, Any]:
+    async def _status_with(self, status: TunerStatus, tuner: Tuner) -> TunerStatus:
         if self._metrics is not None:
             self._metrics.show(tuner)
-        figures = tuner_figures(tuner, self._last) | {"policy_status": self._policy_status}
-        serve = self._serve_metrics.window(self._clock.now_s())
-        if serve is not None:
-            figures["serve_request_rate_per_s"] = serve.request_rate_per_s
-            figures["serve_latency_s"] = serve.mean_latency_s
-            figures["serve_in_flight"] = serve.in_flight
-            figures["serve_metrics_age_s"] = serve.age_s
+        status = replace(with_tuner(status, tuner, self._last), policy_status=self._policy_status)
+        status = with_serve(status, self._serve_metrics.window(self._clock.now_s()))
         try:
-            return figures | gpu_figures(await self._reading(tuner), tuner.gpu)
+            return with_gpu(status, await self._reading(tuner), tuner.gpu)
         except GpuError as error:
-            return figures | {"reason": str(error)}
+            return replace(status, reason=str(error))
 
     async def _reading(self, tuner: Tuner) -> GpuSample:
         """The loop's newest, whose reads also show the guards that it lives; one of our own, in a

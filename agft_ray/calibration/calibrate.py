@@ -193,9 +193,8 @@ def _decode_parameters(rows: Sequence[Measurement], is_activity: bool) -> list[P
             Parameter("decode.batch_scale", low=0.1, missing=few),
         ]
     return [
-        Parameter("decode.base_w", missing=decode),
-        Parameter("decode.watts_per_tb_s", missing=decode),
-        Parameter("decode.watts_per_tflop_s", missing=few),
+        Parameter("decode.issue_activity", missing=decode or _one_clock(rows)),
+        Parameter("decode.memory_w", missing=few),
     ]
 
 

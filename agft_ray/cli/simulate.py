@@ -6,9 +6,9 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from agft_ray import __version__
 from agft_ray.cli.workload_options import (
@@ -30,11 +30,49 @@ if TYPE_CHECKING:
 
 MakeRayPool = Callable[[], "Pool"]
 
-DESCRIPTION = """Run policies over a workload in virtual time, with the same loop, windows and
-engine core as under Ray, and compare them with default clocks, which always run."""
-EPILOG = """policies: default, agft, agft_reference, rules, activity, pid, predictive, fixed:MHZ,
-volta, pair:PREFILL/DECODE; settings as in agft:alpha=2,seed=3. In hindsight: frontier (every fixed
-clock), best_static, oracle_pair, lower_bound. Figures and files: docs/evaluation.md."""
+DESCRIPTION = (
+    "Run policies over a workload in virtual time, with the same loop, windows and engine core as "
+    "under Ray, and compare them with default clocks, which always run."
+)
+EPILOG = (
+    "`agft-ray policies` says what each policy does, and which are known in hindsight only; "
+    "`agft-ray policies NAME` lists its settings. Figures and files: docs/evaluation.md."
+)
+POLICY_HELP = (
+    "repeatable, default: agft. One of: %(choices)s. A clock as in fixed:1230, a pair as in "
+    "pair:1500/1230 (prefill/decode), settings as in agft:alpha=2,seed=3, a policy of your own as "
+    "in my_pkg.mod:MyPolicy:key=value"
+)
+
+
+class Names:
+    """Choices that help and completions list; whether another value will do is found out later.
+
+    They are looked up when they are listed, so that no other command waits for the imports.
+    """
+
+    def __init__(self, look_up: Callable[[], Iterable[str]]) -> None:
+        self._look_up = look_up
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._look_up())
+
+    def __contains__(self, value: object) -> bool:
+        return True
+
+
+def _policy_names() -> list[str]:
+    from agft_ray.policy.imported import entry_points
+    from agft_ray.study.policy_specs import SEARCHES, policies
+
+    return [*policies(), *entry_points(), *SEARCHES]
+
+
+def _values_of(field: str) -> Iterable[str]:
+    """What a scenario takes as the value of this field."""
+    from agft_ray.study.scenario import Scenario
+
+    return get_args(Scenario.model_fields[field].annotation)
 
 
 def add_command(commands: Commands, *, ray_pool: MakeRayPool) -> None:
@@ -55,8 +93,9 @@ def add_command(commands: Commands, *, ray_pool: MakeRayPool) -> None:
         "--policy",
         action="append",
         default=[],
+        choices=Names(_policy_names),
         metavar="NAME",
-        help="repeatable, default: agft; see below",
+        help=POLICY_HELP,
     )
     add_workload_options(simulate, several_seeds=True)
     simulate.add_argument("--duration", type=float, metavar="S", help="simulated seconds")
@@ -71,8 +110,9 @@ def _add_fleet_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router",
         default="power_of_two",
+        choices=Names(lambda: _values_of("router")),
         metavar="NAME",
-        help="power_of_two (default) or round_robin",
+        help="how requests find a replica: %(choices)s; default: %(default)s",
     )
     parser.add_argument("--engine", metavar="K=V,...", help="as in max_num_seqs=64")
     parser.add_argument("--slo-ttft", type=float, metavar="S", help="bound on each request's TTFT")
@@ -80,7 +120,13 @@ def _add_fleet_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window", type=float, default=2.0, metavar="S", help="a tuner's window, default: 2"
     )
-    parser.add_argument("--objective", default="edp", help="energy, edp or ed2p, default: edp")
+    parser.add_argument(
+        "--objective",
+        default="edp",
+        choices=Names(lambda: _values_of("objective")),
+        metavar="NAME",
+        help="what a tuner lowers: %(choices)s; default: %(default)s",
+    )
     parser.add_argument(
         "--no-sharing", action="store_true", help="replicas do not share what they learn"
     )

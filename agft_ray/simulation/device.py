@@ -223,7 +223,7 @@ class Device:
 
     def _delay_s(self) -> float:
         change = self.profile.clock_change
-        sigma = math.log(change.p95_s / change.median_s) / _P95_SCORE
+        sigma = math.log(change.p95_to_median) / _P95_SCORE
         draw = standard_normal(self._state.seed, _CLOCK_DELAY, self._state.clock_calls)
         return change.median_s * math.exp(sigma * draw)
 
@@ -313,7 +313,8 @@ class Device:
 
     def _idle_point(self, clock: int) -> _Point:
         if clock not in self._idle:
-            power_w = idle_power_w(self.profile.power, clock) * self._model.tensor_parallel
+            gpu_w = idle_power_w(self.profile.power, clock, self._model.spinning_activity)
+            power_w = gpu_w * self._model.tensor_parallel
             self._idle[clock] = _Point(clock, power_w, math.inf)
         return self._idle[clock]
 
@@ -322,10 +323,10 @@ class Device:
 
     def _busy_point(self, work: StepWork, lock: int | None) -> _Point:
         target = self._busy_target_mhz(lock)
-        if not work.prefill_tokens and not isinstance(self.profile.power.decode, ActivityDecode):
+        if not isinstance(self.profile.power.decode, ActivityDecode):
             clock, power_w = self._under_cap(work, target)
         else:
-            # With prefill, or by activity, power depends on nothing else.
+            # By activity, power depends on nothing else.
             key = (-1 if work.prefill_tokens else work.decode_sequences, target)
             if key not in self._capped:
                 self._capped[key] = self._under_cap(work, target)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from agft_ray.simulation.profiles import (
     ActivityDecode,
-    BandwidthDecode,
     GpuProfile,
     ModelProfile,
     PowerProfile,
+    UtilizationDecode,
 )
 
 
@@ -48,14 +48,16 @@ def voltage(power: PowerProfile, sm_clock_mhz: float) -> float:
     return float(1.0 + power.voltage_rise * x**power.voltage_exponent)
 
 
-def idle_power_w(power: PowerProfile, sm_clock_mhz: float) -> float:
+def idle_power_w(power: PowerProfile, sm_clock_mhz: float, spinning_activity: float = 0.0) -> float:
     """Power with the model loaded and nothing running: `base + clock v^2 f + leakage (v^3 - 1)`.
 
-    v is the relative voltage and f the SM clock relative to the reference clock.
+    v is the relative voltage and f the SM clock relative to the reference clock. Workers that spin
+    add their activity's share of `busy_clock_w v^2 f`.
     """
     v = voltage(power, sm_clock_mhz)
-    clock_w = power.idle_clock_w * v * v * sm_clock_mhz / power.reference_sm_clock_mhz
-    return power.idle_base_w + clock_w + power.idle_leakage_w * (v**3 - 1.0)
+    clock_w = power.idle_clock_w + spinning_activity * power.busy_clock_w
+    switched_w = clock_w * v * v * sm_clock_mhz / power.reference_sm_clock_mhz
+    return power.idle_base_w + switched_w + power.idle_leakage_w * (v**3 - 1.0)
 
 
 def busy_power_w(
@@ -63,18 +65,20 @@ def busy_power_w(
 ) -> float:
     """Power of one GPU during a step at a clock, before the power cap.
 
-    A step with prefill has full activity, `idle + base + clock v^2 f`. A decode step has less of
-    it, by batch size, or follows the rates it achieves at this clock, by profile.
+    By `activity`, a step with prefill draws `idle + base + clock v^2 f`, a decode step a share of
+    the part above idle, by batch size. By `utilization`, energy above idle is a sum over a step:
+    `base` while kernels run, `clock v^2 f` times the time that the SMs work, `memory_w` while
+    memory is read; nothing while the host is waited for. All-reduces, which spin, draw what the
+    dense kernels do. Both forms rise with the clock.
     """
     power = gpu.power
-    if work.prefill_tokens:
-        above_idle_w = _activity_w(power, 1.0, sm_clock_mhz)
-    elif isinstance(power.decode, ActivityDecode):
+    idle_w = idle_power_w(power, sm_clock_mhz, model.spinning_activity)
+    if isinstance(power.decode, UtilizationDecode):
+        return idle_w + _utilization_w(power, power.decode, model, work, sm_clock_mhz)
+    activity = 1.0
+    if not work.prefill_tokens:
         activity = decode_activity(power.decode, work.decode_sequences)
-        above_idle_w = _activity_w(power, activity, sm_clock_mhz)
-    else:
-        above_idle_w = _achieved_w(power, power.decode, model, work, sm_clock_mhz)
-    return idle_power_w(power, sm_clock_mhz) + model.above_idle_share * above_idle_w
+    return idle_w + activity * (power.busy_base_w + _core_w(power, sm_clock_mhz))
 
 
 def decode_activity(decode: ActivityDecode, sequences: int) -> float:
@@ -82,45 +86,69 @@ def decode_activity(decode: ActivityDecode, sequences: int) -> float:
     return decode.single + (1.0 - decode.single) * (1.0 - math.exp(-sequences / decode.batch_scale))
 
 
-def _activity_w(power: PowerProfile, activity: float, sm_clock_mhz: float) -> float:
+def _core_w(power: PowerProfile, sm_clock_mhz: float) -> float:
     v = voltage(power, sm_clock_mhz)
-    clock_w = power.busy_clock_w * v * v * sm_clock_mhz / power.reference_sm_clock_mhz
-    return activity * (power.busy_base_w + clock_w)
+    return power.busy_clock_w * v * v * sm_clock_mhz / power.reference_sm_clock_mhz
 
 
-def _achieved_w(
+def _utilization_w(
     power: PowerProfile,
-    decode: BandwidthDecode,
+    busy: UtilizationDecode,
     model: ModelProfile,
     work: StepWork,
     sm_clock_mhz: float,
 ) -> float:
-    gpu_s = step_time_s(model, work, sm_clock_mhz) * model.tensor_parallel
-    tb_s = (model.weights_bytes + model.kv_bytes_per_token * work.context_tokens) / gpu_s / 1e12
-    parameters = model.weights_bytes / model.bytes_per_parameter
-    tflop_s = 2.0 * parameters * work.decode_sequences / gpu_s / 1e12
-    full_w = decode.base_w + decode.watts_per_tb_s * tb_s + decode.watts_per_tflop_s * tflop_s
-    v = voltage(power, sm_clock_mhz) / voltage(power, power.reference_sm_clock_mhz)
-    scale = decode.core_share * v * v + 1.0 - decode.core_share
-    return scale * (full_w - idle_power_w(power, power.reference_sm_clock_mhz))
+    slowdown = model.reference_sm_clock_mhz / sm_clock_mhz
+    dense_ms = _dense_ms(model, work, slowdown)
+    decode_ms = _decode_attention_ms(model, work)
+    prefill_ms = 1e3 * work.prefill_attention_s * slowdown
+    all_reduce_ms = _all_reduce_ms(model, work)
+    asking_ms = busy.issue_activity * model.issue_share * model.weights_ms * slowdown
+    computing_ms = model.token_ms * work.tokens * slowdown
+    s = busy.activity_exponent
+    working_ms = min(dense_ms, (asking_ms**s + computing_ms**s) ** (1.0 / s))
+    longer = 1.0 + all_reduce_ms / dense_ms
+    core_ms = working_ms * longer + busy.attention_activity * decode_ms + prefill_ms
+    reading_ms = model.weights_ms * longer + decode_ms
+    busy_ms = dense_ms + decode_ms + prefill_ms + all_reduce_ms
+    energy_mj = (
+        power.busy_base_w * busy_ms
+        + _core_w(power, sm_clock_mhz) * core_ms
+        + busy.memory_w * reading_ms
+    )
+    return float(energy_mj / (_host_ms(model, work) + busy_ms))
 
 
 def step_time_s(model: ModelProfile, work: StepWork, sm_clock_mhz: float) -> float:
-    """Duration of a step at a clock: `host + dense(N) g(f)/g(f_ref) + attention`.
+    """Duration of a step at a clock: host, all-reduces, `dense(N, f)` for N tokens, attention.
 
-    `dense(N) = (weights^q + (token N)^q)^(1/q) + head` for N tokens;
-    `g(f) = (1 + (r f_ref/f)^p)^(1/p)` with `r = max(token N / weights, issue_share)`:
-    compute-bound steps slow down as 1/f, small ones hardly until r f_ref/f nears 1. Decode
-    attention is memory-bound and does not depend on the clock; prefill attention goes as 1/f.
+    `dense = (W^q + (token N f_ref/f)^q)^(1/q) + head`. W is the time to read the weights,
+    `weights ((1 + (r f_ref/f)^p) / (1 + r^p))^(1/p)` with r the issue share: it hardly depends on
+    the clock f until r f_ref/f nears 1. The clock changes neither the host's time nor that of
+    all-reduces and of decode attention, which waits for memory; prefill attention goes as 1/f.
     """
     slowdown = model.reference_sm_clock_mhz / sm_clock_mhz
-    compute_ms = model.token_ms * work.tokens
-    q, p = model.dense_exponent, model.clock_exponent
-    dense_ms = (model.weights_ms**q + compute_ms**q) ** (1.0 / q) + model.head_ms
-    r = max(compute_ms / model.weights_ms, model.issue_share)
+    fixed_ms = _host_ms(model, work) + _all_reduce_ms(model, work)
+    fixed_ms += _decode_attention_ms(model, work)
+    dense_ms = _dense_ms(model, work, slowdown)
+    return float((fixed_ms + dense_ms) / 1e3 + work.prefill_attention_s * slowdown)
+
+
+def _host_ms(model: ModelProfile, work: StepWork) -> float:
+    sequences_ms = model.host_sequence_ms * work.decode_sequences
+    return model.host_ms + sequences_ms + (model.prefill_host_ms if work.prefill_tokens else 0.0)
+
+
+def _all_reduce_ms(model: ModelProfile, work: StepWork) -> float:
+    return model.all_reduce_ms + model.all_reduce_token_ms * work.tokens
+
+
+def _dense_ms(model: ModelProfile, work: StepWork, slowdown: float) -> float:
+    q, p, r = model.dense_exponent, model.clock_exponent, model.issue_share
     stretch = ((1.0 + (r * slowdown) ** p) / (1.0 + r**p)) ** (1.0 / p)
-    fixed_ms = model.host_ms + _decode_attention_ms(model, work)
-    return float((fixed_ms + dense_ms * stretch) / 1e3 + work.prefill_attention_s * slowdown)
+    compute_ms = model.token_ms * work.tokens * slowdown
+    weights_ms = model.weights_ms * stretch
+    return float((weights_ms**q + compute_ms**q) ** (1.0 / q) + model.head_ms * stretch)
 
 
 def _decode_attention_ms(model: ModelProfile, work: StepWork) -> float:
@@ -159,7 +187,7 @@ def effective_sm_clock_mhz(
 ) -> int:
     """The clock a step runs at: the largest supported one up to the target within the power cap.
 
-    If even the lowest clock exceeds the cap, the lowest. Power rises with the clock in both forms.
+    If even the lowest clock exceeds the cap, the lowest.
     """
 
     def power_w(sm_clock_mhz: int) -> float:

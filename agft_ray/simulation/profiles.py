@@ -42,24 +42,30 @@ class AttentionProfile(StrictModel):
 class ModelProfile(StrictModel):
     """One LLM on one GPU or tensor-parallel group: step times, and what it takes of memory.
 
-    Sizes and times are the whole group's; what its all-reduces cost is part of the times.
+    Sizes and times are the whole group's.
     """
 
     tensor_parallel: Count = 1
     """GPUs that share every step evenly, at one clock."""
     layers: Count
     weights_bytes: Count
-    bytes_per_parameter: Positive = 2.0
-    """Of the weights; gives the FLOPs per token, 2 a parameter."""
     kv_bytes_per_token: Count
     kv_blocks: Count
     """How many KV blocks of 16 tokens fit beside the weights."""
-    above_idle_share: Positive = 1.0
-    """Power above idle in this model's steps, relative to the GPU's formulas."""
+    spinning_activity: Share = 0.0
+    """Core activity of a loaded engine between its steps, as of workers that spin."""
     reference_sm_clock_mhz: Count
     """The SM clock at which the times below hold."""
     host_ms: NonNegative
     """Scheduling and launching per step; the SM clock does not change it."""
+    host_sequence_ms: NonNegative = 0.0
+    """More of it for each decoding sequence: sampling, detokenising."""
+    prefill_host_ms: NonNegative = 0.0
+    """More of it in a step with prefill, whose kernels no CUDA graph launches."""
+    all_reduce_ms: NonNegative = 0.0
+    """Waiting of the group's GPUs for each other, per step; the SM clock does not change it."""
+    all_reduce_token_ms: NonNegative = 0.0
+    """More of it for each token of the step."""
     weights_ms: Positive
     """Reading the weights once: the time of a step with few tokens."""
     token_ms: Positive
@@ -68,9 +74,9 @@ class ModelProfile(StrictModel):
     head_ms: NonNegative = 0.0
     """LM head and sampling, where the dense times do not include them."""
     issue_share: Share
-    """Share of the weight-reading time that is limited by the SM clock."""
+    """Time that the SMs need to ask for the weights, relative to `weights_ms`."""
     clock_exponent: Positive
-    """How sharply a step goes from memory-bound to compute-bound as the clock falls."""
+    """How sharply reading the weights goes from memory-bound to clock-bound."""
     attention: AttentionProfile
 
 
@@ -82,20 +88,18 @@ class ActivityDecode(StrictModel):
     batch_scale: Positive
 
 
-class BandwidthDecode(StrictModel):
-    """Decode power by the rates that one GPU achieves, at full clock:
-    `base_w + watts_per_tb_s * TB/s + watts_per_tflop_s * TFLOP/s`.
+class UtilizationDecode(StrictModel):
+    """Power by what keeps the GPU busy, in steps of every kind: `physics.busy_power_w`."""
 
-    Of the part above idle, `core_share` falls with the square of the voltage.
-    """
-
-    form: Literal["bandwidth"]
-    base_w: NonNegative
-    watts_per_tb_s: NonNegative
-    """Per TB of weights and KV cache read in a second."""
-    watts_per_tflop_s: NonNegative = 0.0
-    """Per 10^12 FLOPs in a second, of 2 a parameter and sequence."""
-    core_share: Share
+    form: Literal["utilization"]
+    memory_w: NonNegative
+    """While memory is read at its full rate."""
+    issue_activity: NonNegative
+    """Core activity of SMs that only ask for weights; 1 is that of matrix products."""
+    activity_exponent: Positive
+    """How the activity of asking and computing add up: a p-norm."""
+    attention_activity: NonNegative
+    """Core activity of decode attention."""
 
 
 class PowerProfile(StrictModel):
@@ -113,7 +117,7 @@ class PowerProfile(StrictModel):
     idle_leakage_w: NonNegative
     busy_base_w: NonNegative
     busy_clock_w: NonNegative
-    decode: Annotated[ActivityDecode | BandwidthDecode, Field(discriminator="form")]
+    decode: Annotated[ActivityDecode | UtilizationDecode, Field(discriminator="form")]
 
 
 class GovernorProfile(StrictModel):
@@ -129,7 +133,8 @@ class ClockChangeProfile(StrictModel):
     """The delay from a call to lock or reset until the clock changes: log-normal."""
 
     median_s: Positive
-    p95_s: Positive
+    p95_to_median: Annotated[float, Field(ge=1)]
+    """95th percentile, relative to the median."""
 
 
 class TemperatureProfile(StrictModel):
@@ -237,11 +242,6 @@ def _crossed_values(profile: GpuProfile) -> Iterator[str]:
         yield (
             f"power.knee_sm_clock_mhz: {profile.power.knee_sm_clock_mhz} must be below "
             f"power.reference_sm_clock_mhz, which is {profile.power.reference_sm_clock_mhz}"
-        )
-    if profile.clock_change.median_s > profile.clock_change.p95_s:
-        yield (
-            f"clock_change.median_s: {profile.clock_change.median_s} must not exceed "
-            f"clock_change.p95_s, which is {profile.clock_change.p95_s}"
         )
     if not profile.models:
         yield "models: must name at least one LLM"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from agft_ray.types import EngineSample, StepTotals
+from agft_ray.types import EngineSample, StepTotals, counters_of
 
 
 @dataclass(slots=True)
@@ -21,6 +21,7 @@ class _StepCounter:
 class EngineStats:
     """Cumulative statistics of an LLM engine: call the `on_*` methods, read with `sample`.
 
+    It has every one of `EngineCounters`, which is frozen: `sample` fails where one is lacking.
     Not thread-safe: keep it on the thread (or event loop) that runs the engine.
     """
 
@@ -104,24 +105,24 @@ class EngineStats:
     ) -> EngineSample:
         """The counters as they stand, with the gauges of this moment."""
         return EngineSample(
+            *counters_of(self),
             t_s=t_s,
             running=running,
             waiting=waiting,
             kv_cache_usage=kv_cache_usage,
-            prompt_tokens=self.prompt_tokens,
-            generation_tokens=self.generation_tokens,
-            iterations=self.iterations,
-            iteration_tokens=self.iteration_tokens,
-            ttft_sum_s=self.ttft_sum_s,
-            ttft_count=self.ttft_count,
-            itl_sum_s=self.itl_sum_s,
-            itl_count=self.itl_count,
-            e2e_sum_s=self.e2e_sum_s,
-            e2e_count=self.e2e_count,
-            prefix_cache_queries=self.prefix_cache_queries,
-            prefix_cache_hits=self.prefix_cache_hits,
-            preemptions=self.preemptions,
-            decode_steps=self._decode.totals(),
-            prefill_steps=self._prefill.totals(),
-            unknown_steps=self._unknown.totals(),
         )
+
+    @property
+    def decode_steps(self) -> StepTotals:
+        """Steps that computed no prompt token."""
+        return self._decode.totals()
+
+    @property
+    def prefill_steps(self) -> StepTotals:
+        """Steps that computed prompt tokens, and perhaps others."""
+        return self._prefill.totals()
+
+    @property
+    def unknown_steps(self) -> StepTotals:
+        """Steps of which it is not known whether they computed prompt tokens."""
+        return self._unknown.totals()

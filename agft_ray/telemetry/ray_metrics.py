@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from agft_ray.telemetry.prometheus_text import read_series
 from agft_ray.types import ServeSample, ServeWindow
 
 _REQUESTS = "ray_serve_deployment_request_counter_total"
 _LATENCY_SUM = "ray_serve_deployment_processing_latency_ms_sum"
 _LATENCY_COUNT = "ray_serve_deployment_processing_latency_ms_count"
 _IN_FLIGHT = "ray_serve_replica_processing_queries"
-_NAMES = (_REQUESTS, _LATENCY_SUM, _LATENCY_COUNT, _IN_FLIGHT)
+_NAMES = frozenset({_REQUESTS, _LATENCY_SUM, _LATENCY_COUNT, _IN_FLIGHT})
 STATUS_ROUTE = "/agft/status"
 """Our own status page; its requests are no load on the engine."""
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +34,12 @@ class ReplicaSeries:
 def parse(lines: Iterable[str]) -> dict[str, ReplicaSeries]:
     """The series by replica (the metrics' `replica` label, unique in a cluster), routes summed.
 
-    Lines are filtered while reading: a scrape is about 0.7 MB, of which a few lines matter.
-    Lines that cannot be parsed are passed over, so their series count as missing.
+    What is no number is passed over, so its series counts as missing.
     """
     values: dict[str, dict[str, float]] = {}
-    for line in lines:
-        name, brace, rest = line.partition("{")
-        if not brace or name not in _NAMES:
-            continue
-        labels, _, number = rest.rpartition("}")
-        tags = dict(_LABEL.findall(labels))
-        value = _number(number)
-        if "replica" not in tags or value is None or tags.get("route", "").endswith(STATUS_ROUTE):
+    for name, tags, value in read_series(lines, _NAMES):
+        is_own = tags.get("route", "").endswith(STATUS_ROUTE)
+        if "replica" not in tags or math.isnan(value) or is_own:
             continue
         series = values.setdefault(tags["replica"], {})
         series[name] = series.get(name, 0.0) + value
@@ -60,13 +54,6 @@ def _series(found: dict[str, float]) -> ReplicaSeries:
         latency_count=found.get(_LATENCY_COUNT),
         in_flight=found.get(_IN_FLIGHT),
     )
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.split()[0])
-    except (ValueError, IndexError):
-        return None
 
 
 def to_sample(series: ReplicaSeries, *, t_s: float, speed: float) -> ServeSample:

@@ -7,15 +7,18 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 from agft_ray.types import (
+    COUNTERS,
     Arm,
+    EngineCounters,
     EngineSample,
     EventReason,
     GpuSample,
     ServeWindow,
+    StepTotals,
     Window,
+    counters_of,
 )
 
 MAX_STRETCH = 3.0
@@ -49,11 +52,13 @@ def close_window(
     if duration_s > MAX_STRETCH * window_s:
         raise WindowRejectedError(f"it lasted {duration_s:.1f} s instead of {window_s} s")
     energy_j = _energy_j(gpu, first.t_s, last.t_s)
-    delta = _counter_deltas(engine)
+    _check_only_grew(engine)
+    counted = last - first
     reasons = {s.event_reasons for s in gpu}
     idle = {r for r in reasons if r & EventReason.GPU_IDLE}
     busy = [s for s in gpu if s.event_reasons not in idle] or gpu
     return Window(
+        *counters_of(counted),
         start_s=first.t_s,
         end_s=last.t_s,
         arm=arm,
@@ -64,45 +69,25 @@ def close_window(
         running=_mean([s.running for s in engine]),
         waiting=_mean([s.waiting for s in engine]),
         kv_cache_usage=_mean([s.kv_cache_usage for s in engine]),
-        decode_steps=last.decode_steps - first.decode_steps,
-        prefill_steps=last.prefill_steps - first.prefill_steps,
-        unknown_steps=last.unknown_steps - first.unknown_steps,
-        request_rate_per_s=(
-            serve.request_rate_per_s if serve else delta["ttft_count"] / duration_s
-        ),
+        request_rate_per_s=serve.request_rate_per_s if serve else counted.ttft_count / duration_s,
         serve=serve,
-        **delta,
     )
 
 
-_COUNTERS = (
-    "prompt_tokens",
-    "generation_tokens",
-    "iterations",
-    "iteration_tokens",
-    "ttft_sum_s",
-    "ttft_count",
-    "itl_sum_s",
-    "itl_count",
-    "e2e_sum_s",
-    "e2e_count",
-    "prefix_cache_queries",
-    "prefix_cache_hits",
-    "preemptions",
+_NUMBERS = tuple(
+    name
+    for name, none in zip(COUNTERS, counters_of(EngineCounters()), strict=True)
+    if not isinstance(none, StepTotals)  # whose steps are among the iterations
 )
+_numbers = operator.attrgetter(*_NUMBERS)
 
 
-_counters = operator.attrgetter(*_COUNTERS)
-
-
-def _counter_deltas(samples: Sequence[EngineSample]) -> dict[str, Any]:
-    values = [_counters(sample) for sample in samples]
-    for before, after in itertools.pairwise(values):
+def _check_only_grew(samples: Sequence[EngineSample]) -> None:
+    for before, after in itertools.pairwise(map(_numbers, samples)):
         if any(map(operator.lt, after, before)):
-            pairs = zip(_COUNTERS, before, after, strict=True)
+            pairs = zip(_NUMBERS, before, after, strict=True)
             backwards = ", ".join(name for name, old, new in pairs if new < old)
             raise WindowRejectedError(f"engine counters went backwards: {backwards}")
-    return dict(zip(_COUNTERS, map(operator.sub, values[-1], values[0]), strict=True))
 
 
 def _energy_j(samples: Sequence[GpuSample], start_s: float, end_s: float) -> float:

@@ -43,7 +43,8 @@ load = FailingLoad() if "--fail" in sys.argv else FakeLoad()
 given = [argument for argument in sys.argv[1:] if argument != "--fail"]
 sys.exit(example.main(given, make_load=lambda arguments: load))
 """
-QUICK = "--window-s 0.5 --windows 3 --matmul-s 2 --idle-s 0.5 --prompts 100".split()
+QUICK = ["--window-s", "0.5", "--windows", "3", "--matmul-s", "2", "--idle-s", "0.5"]
+QUICK += ["--prompts", "100"]
 BUSY_W = power_w(1980)
 
 

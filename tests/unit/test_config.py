@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 
@@ -28,10 +29,13 @@ def test_defaults_and_integers_for_floats():
 def test_all_problems_at_once_with_field_value_and_rule():
     found = problems({"alpha": -1.0, "alhpa": 1, "inner": {"ttft": 3.0, "ttft_s": math.nan}})
     assert len(found) == 4
-    assert "alpha: input should be greater than 0, got -1.0" in found
-    assert "alhpa: unknown setting; did you mean 'alpha'?" in found
-    assert "inner.ttft: unknown setting; did you mean 'ttft_s'?" in found
-    assert any(p.startswith("inner.ttft_s: ") and p.endswith("got nan") for p in found)
+    for named in (
+        r"alpha: .*\b0, got -1\.0",
+        r"alhpa: .* 'alpha'\?",
+        r"inner\.ttft: .* 'ttft_s'\?",
+        r"inner\.ttft_s: .* got nan",
+    ):
+        assert any(re.fullmatch(named, problem) for problem in found), named
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1.0", True, None])

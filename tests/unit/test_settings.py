@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 
@@ -14,21 +15,24 @@ def problems(data):
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "named"),
     [
         ({"slo": {"tpot_s": math.nan}}, "slo.tpot_s"),
-        ({"slo": {"ttft_s": 2000.0}}, "did you mean 2?"),
-        ({"min_sm_clock_mhz": 1980, "max_sm_clock_mhz": 1200}, "(1980) must not exceed"),
-        ({"settle_s": 2.0, "window_s": 1.0}, "settle_s (2) must be smaller than window_s (1)"),
+        ({"slo": {"ttft_s": 2000.0}}, r"\bttft_s .*\b2000 s.*\b2\?"),
+        (
+            {"min_sm_clock_mhz": 1980, "max_sm_clock_mhz": 1200},
+            r"min_sm_clock_mhz \(1980\) .*max_sm_clock_mhz \(1200\)",
+        ),
+        ({"settle_s": 2.0, "window_s": 1.0}, r"settle_s \(2\) .*window_s \(1\)"),
         ({"mode": "contorl"}, "mode"),
-        ({"policy": {"name": "agft", "alhpa": 1.0}}, "unknown setting"),
+        ({"policy": {"name": "agft", "alhpa": 1.0}}, r"\balhpa: .*'alpha'"),
         ({"policy": {"name": "wishful"}}, "policy"),
         ({"holdout_replicas": -1}, "holdout_replicas"),
         ({"window_s": 0.1}, "window_s"),
     ],
 )
-def test_bad_settings_name_field_value_and_rule(data, words):
-    assert words in problems(data)
+def test_bad_settings_name_field_value_and_rule(data, named):
+    assert re.search(named, problems(data))
 
 
 def test_a_user_config_survives_its_way_through_json():
@@ -48,7 +52,7 @@ def test_eight_pushes_a_window_within_bounds(window_s, speed, interval_s):
 
 def test_statistics_that_would_never_be_fresh_are_refused():
     config = TunerConfig(stale_after_s=0.4)
-    with pytest.raises(ValueError, match=r"stale_after_s \(0.4\) is less than two engine pushes"):
+    with pytest.raises(ValueError, match=r"stale_after_s \(0\.4\) "):
         check_pushes(config, speed=1.0)
     check_pushes(TunerConfig(stale_after_s=0.5), speed=1.0)
 
@@ -56,7 +60,5 @@ def test_statistics_that_would_never_be_fresh_are_refused():
 def test_speed_that_leaves_too_few_pushes_is_refused():
     config = TunerConfig(window_s=2.0)
     check_pushes(config, speed=10.0)
-    with pytest.raises(
-        ValueError, match=r"speed 20 leaves 1 engine pushes.*at most 10.*at least 4"
-    ):
+    with pytest.raises(ValueError, match=r"\bspeed 20 .*\b1 engine pushes.*\b10\b.*\b4\b"):
         check_pushes(config, speed=20.0)

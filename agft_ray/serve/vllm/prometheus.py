@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 
 from agft_ray.clock import Clock, WallClock
 from agft_ray.errors import StaleMetricsError
+from agft_ray.telemetry.prometheus_text import read_series
 from agft_ray.types import EngineSample
 
 log = logging.getLogger(__name__)
@@ -51,10 +51,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 OPTIONAL = frozenset({"prefix_cache_queries", "prefix_cache_hits", "preemptions"})
 """Read as none where they are missing: no clock is judged by them."""
-_SUMS_S = frozenset({"ttft_sum_s", "itl_sum_s", "e2e_sum_s"})
 _KNOWN = frozenset(name for names in NAMES.values() for name in names)
-_SERIES = re.compile(r"([^\s{]+)(?:\{(.*)\})?\s+(\S+)")
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 MAX_TEXT_BYTES = 16 << 20
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -83,7 +80,7 @@ def engine_sample(
         raise StaleMetricsError(f"missing in vLLM's metrics: {looked}")
     sums = {q: math.fsum(values.get(q, ())) for q in NAMES}
     kv_cache_usage = sums.pop("kv_cache_usage") / len(values["kv_cache_usage"])
-    numbers = {q: value if q in _SUMS_S else round(value) for q, value in sums.items()}
+    numbers = {q: value if q.endswith("_s") else round(value) for q, value in sums.items()}
     return EngineSample(t_s=t_s, kv_cache_usage=kv_cache_usage, **numbers)  # type: ignore[arg-type]
 
 
@@ -99,29 +96,20 @@ def _values(lines: Iterable[str], labels: Mapping[str, str]) -> dict[str, list[f
     Without those that some engine lacks: its share would be read as none.
     """
     found: dict[str, dict[frozenset[tuple[str, str]], float]] = {}
-    for line in lines:
-        series = _SERIES.match(line)
-        if series is None or series[1] not in _KNOWN:
-            continue
-        tags = dict(_LABEL.findall(series[2] or ""))
-        if all(tags.get(name) == value for name, value in labels.items()):
-            found.setdefault(series[1], {})[frozenset(tags.items())] = _number(series[3])
+    for name, tags, value in read_series(lines, _KNOWN):
+        if all(tags.get(label) == wanted for label, wanted in labels.items()):
+            found.setdefault(name, {})[frozenset(tags.items())] = value
     chosen = {q: next((n for n in names if n in found), "") for q, names in NAMES.items()}
     engines = {engine for name in chosen.values() if name for engine in found[name]}
     return {
         quantity: list(found[name].values())
         for quantity, name in chosen.items()
-        if name and found[name].keys() == engines and all(map(math.isfinite, found[name].values()))
+        if name and found[name].keys() == engines and all(map(_is_amount, found[name].values()))
     }
 
 
-def _number(text: str) -> float:
-    """NaN for what is no number, or less than 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
-    return value if value >= 0 else math.nan
+def _is_amount(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from agft_ray.cli.app import main
 def test_the_bench_prints_both_policies_with_what_they_depend_on(capsys):
     assert main(["bench", "simulator", "--duration", "20", "--seed", "3"]) == 0
     conditions, fixed, agft = capsys.readouterr().out.splitlines()
-    assert "1 requests/s, 20 s, seed 3, one core" in conditions
-    assert "numpy" in conditions
+    for condition in ("1 requests/s", "20 s", "seed 3", "numpy"):
+        assert condition in conditions
     for line, name in ((fixed, "fixed:1230"), (agft, "agft")):
         assert line.startswith(name)
         assert float(line.split("ratio")[1]) > 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from golden_files import assert_golden, sections
 
 from agft_ray.bench.tools import CpuUsage
 from agft_ray.bench.vllm import (
@@ -81,7 +82,7 @@ def test_the_warm_up_is_not_measured():
 
     measured = loaded(Silent(), warm_up_s=0.02)
     assert (measured.tokens, list(measured.ttfts_s)) == (0, [])
-    with pytest.raises(AgftError, match=r"no request got its first token .* lengthen --block-s"):
+    with pytest.raises(AgftError, match="--block-s"):
         measured.ttft_s(0.99)
 
 
@@ -136,22 +137,26 @@ def test_the_blocks_of_a_round_have_the_same_requests_in_an_order_of_the_seed():
 
 
 def test_a_tuner_that_does_not_tune_is_not_measured():
-    with pytest.raises(AgftError, match=r"the tuner has not come to work.*'blind'"):
+    with pytest.raises(AgftError, match="'blind'"):
         FakeReplicas(state="blind").run(1, seed=0)
-    with pytest.raises(AgftError, match="has not come to work"):
+    with pytest.raises(AgftError, match="tuner"):
         refuse_idle_tuner(None)
 
 
 # -- what comes of it ------------------------------------------------------------------------------
 
 
+def test_the_screen_of_a_summary():
+    screens = {
+        "missed by TTFT": summary(rounds([900, 1000, 1100], with_ttft_s=0.2), seed=0)[0],
+        "holds": summary(rounds([1000] * 20), seed=0)[0],
+        "holds within the interval": summary(rounds([900] * 11 + [1100] * 9), seed=0)[0],
+    }
+    assert_golden("bench_vllm", sections({name: "\n".join(s) for name, s in screens.items()}))
+
+
 def test_the_summary_compares_within_rounds():
     lines, is_missed = summary(rounds([900, 1000, 1100], with_ttft_s=0.2), seed=0)
-    assert lines[0] == (
-        "median of the blocks without: 1000.0 tokens/s, TTFT p50 100.0 ms, p99 100.0 ms"
-    )
-    assert "blocks untimed: 500.0 tokens/s, TTFT p50 400.0 ms, p99 400.0 ms" in lines[1]
-    assert "blocks with: 1000.0 tokens/s, TTFT p50 200.0 ms, p99 200.0 ms" in lines[2]
     intervals = {line.partition(":")[0]: line.partition(": ")[2] for line in lines[3:]}
     assert list(intervals) == [
         "tokens/s with / without",
@@ -163,38 +168,31 @@ def test_the_summary_compares_within_rounds():
     ]
     medians = [float(text.split()[1].rstrip(",")) for text in intervals.values()]
     assert medians == [1.0, 2.0, 0.5, 4.0, 2.0, 0.5]
-    assert "95 % interval 0.9000 to 1.1000 (3 pairs)" in intervals["tokens/s with / without"]
     assert is_missed
 
 
 def test_only_an_engine_as_it_is_tuned_has_targets():
     lines, is_missed = summary(rounds([1000] * 20), seed=0)
-    assert [line.rpartition("; ")[2] for line in lines[3:5]] == ["the target holds"] * 2
+    assert all("the target holds" in line for line in lines[3:5])
     assert not any("target" in line for line in lines[5:])
     assert not is_missed, "the untimed side is far off, and not the point"
 
 
 @pytest.mark.parametrize(
-    ("tokens_per_s", "verdict"),
-    [
-        ([990] * 20, "the target holds"),
-        ([989] * 20, "the target is missed"),
-        ([900] * 11 + [1100] * 9, "the target holds, 1 is within the interval"),
-    ],
+    ("tokens_per_s", "missed"),
+    [([990] * 20, False), ([989] * 20, True), ([900] * 11 + [1100] * 9, False)],
 )
-def test_the_target_of_throughput(tokens_per_s, verdict):
+def test_the_target_of_throughput(tokens_per_s, missed):
     lines, is_missed = summary(rounds(tokens_per_s), seed=0)
-    assert lines[3].endswith(f"; {verdict}")
-    assert is_missed is ("missed" in verdict)
+    assert ("missed" in lines[3]) is missed
+    assert is_missed is missed
 
 
-@pytest.mark.parametrize(
-    ("ttft_s", "verdict"), [(0.1009, "the target holds"), (0.102, "the target is missed")]
-)
-def test_the_target_of_ttft(ttft_s, verdict):
+@pytest.mark.parametrize(("ttft_s", "missed"), [(0.1009, False), (0.102, True)])
+def test_the_target_of_ttft(ttft_s, missed):
     lines, is_missed = summary(rounds([1000] * 20, with_ttft_s=ttft_s), seed=0)
-    assert lines[4].endswith(f"; {verdict}")
-    assert is_missed is ("missed" in verdict)
+    assert ("missed" in lines[4]) is missed
+    assert is_missed is missed
 
 
 @pytest.mark.parametrize(("tokens_per_s", "status"), [(1000, 0), (900, 1)])
@@ -211,7 +209,7 @@ def test_the_exit_status_is_1_if_a_target_is_missed(tokens_per_s, status, capsys
         ({"blocks": 0}, "--blocks: 0"),
         ({"block_s": 0.0}, "--block-s: 0"),
         ({"block_s": -1.0}, "-1"),
-        ({"window_s": 0.1}, "window_s: input should be greater than or equal to 0.5, got 0.1"),
+        ({"window_s": 0.1}, r"window_s: .* 0\.5, got 0\.1"),
     ],
 )
 def test_bad_arguments_are_refused(options, problem):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from agft_ray.calibration.measurements import Measurement, read_measurements
@@ -46,25 +48,25 @@ def test_the_phase_follows_from_the_work_unless_given(read):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("abc,200,,4,,", "line 2: sm_clock_mhz: must be a number, got 'abc'"),
-        (",200,,4,,", "line 2: sm_clock_mhz: required, must be above 0"),
-        ("1200,-3,,4,,", "line 2: power_w: must be finite and not negative, got '-3'"),
-        ("1200,nan,,4,,", "line 2: power_w: must be finite and not negative, got 'nan'"),
-        ("1200,0,,4,,", "line 2: power_w: must be above 0; leave it empty if it was not measured"),
-        ("1200,200,,4.5,,", "line 2: batch: must be a whole number, got '4.5'"),
-        ("1200,,,4,,", "line 2: has neither power_w nor step_ms nor tpot_ms"),
-        ("1200,200,,,,", "line 2: batch: required while decoding, must be at least 1"),
-        ("1200,200,,4,,boost", "line 2: phase: 'boost' is unknown, choose from idle, prefill, "),
-        ("1200,200,,4,,idle", "line 2: phase: idle, yet the line has work or a step time"),
-        ("1200,200,,4,9,decode", "line 2: prefill_tokens: a decode step has none"),
-        ("1200,200,30,4,,prefill", "line 2: prefill_tokens: required where a step with prefill"),
-        ("1200,200,,4,,,7", "line 2: has more cells than the header"),
+        ("abc,200,,4,,", "sm_clock_mhz: .*'abc'"),
+        (",200,,4,,", "sm_clock_mhz: required"),
+        ("1200,-3,,4,,", "power_w: .*'-3'"),
+        ("1200,nan,,4,,", "power_w: .*'nan'"),
+        ("1200,0,,4,,", "power_w: .*above 0"),
+        ("1200,200,,4.5,,", "batch: .*'4.5'"),
+        ("1200,,,4,,", "has .*power_w.*step_ms.*tpot_ms"),
+        ("1200,200,,,,", "batch: required.* 1"),
+        ("1200,200,,4,,boost", "phase: 'boost' .*idle, prefill, "),
+        ("1200,200,,4,,idle", "phase: idle, "),
+        ("1200,200,,4,9,decode", "prefill_tokens: .*decode"),
+        ("1200,200,30,4,,prefill", "prefill_tokens: required"),
+        ("1200,200,,4,,,7", "has more cells"),
     ],
 )
 def test_a_bad_line_is_named(read, line, problem):
     found = problems(read, f"sm_clock_mhz,power_w,step_ms,batch,prefill_tokens,phase\n{line}\n")
     assert len(found) == 1
-    assert found[0].startswith(problem)
+    assert re.match(f"line 2: {problem}", found[0])
 
 
 def test_all_bad_lines_are_named_up_to_twenty(read):
@@ -77,21 +79,21 @@ def test_all_bad_lines_are_named_up_to_twenty(read):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "line 1: column sm_clock_mhz is missing; found nothing"),
-        ("clock,power_w\n1,1\n", "line 1: column sm_clock_mhz is missing; found clock, power_w"),
-        ("sm_clock_mhz,batch\n1,1\n", "line 1: needs one of the columns power_w, step_ms and"),
-        ("sm_clock_mhz,power_w,power_w\n", "line 1: column power_w is there twice"),
-        ("sm_clock_mhz,power_w\n", "holds no measurements, only a header"),
-        ("sm_clock_mhz,step_ms,tpot_ms\n1,2,3\n", "line 2: step_ms and tpot_ms: give one of them"),
+        ("", "line 1: .*sm_clock_mhz.*; found nothing"),
+        ("clock,power_w\n1,1\n", "line 1: .*sm_clock_mhz.*; found clock, power_w"),
+        ("sm_clock_mhz,batch\n1,1\n", "line 1: .*power_w, step_ms"),
+        ("sm_clock_mhz,power_w,power_w\n", "line 1: .*power_w .*twice"),
+        ("sm_clock_mhz,power_w\n", "holds no measurements"),
+        ("sm_clock_mhz,step_ms,tpot_ms\n1,2,3\n", "line 2: step_ms and tpot_ms: "),
     ],
 )
 def test_a_bad_header_is_named(read, text, problem):
-    assert problems(read, text)[0].startswith(problem)
+    assert re.match(problem, problems(read, text)[0])
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"absent\.csv: (?s:.*): No such file"):
         read_measurements(tmp_path / "absent.csv")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"binary\.csv: (?s:.*)UTF-8"):
         read_measurements(tmp_path / "binary.csv")

@@ -1,4 +1,5 @@
 import argparse
+import re
 import shlex
 import signal
 import subprocess
@@ -6,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from golden_files import assert_golden
 
 from agft_ray.cli.app import EXAMPLES, _parser, main
 from agft_ray.serve.checks import simulated_app, validate_file
@@ -50,7 +52,7 @@ def test_validate_takes_several_files_and_names_the_mistakes_of_each(capsys, req
     bad.write_text("applications: 5")
     assert main(["validate", str(bad), str(good), str(tmp_path / "missing.yaml")]) == 2
     shown = capsys.readouterr()
-    assert f"{good}: valid. 3 replicas" in shown.out
+    assert f"{good}: valid" in shown.out
     assert str(bad) in shown.err
     assert "missing.yaml" in shown.err
 
@@ -85,8 +87,8 @@ def test_help_says_defaults():
     commands = next(
         action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
     )
-    words = " ".join(commands.choices["demo"].format_help().split())
-    assert "--wall S wall seconds of load (default: 180.0)" in words
+    shown = " ".join(commands.choices["demo"].format_help().split())
+    assert re.search(r"--wall S [^-]*\b180\.0\b", shown)
 
 
 def test_output_that_nobody_reads_any_more_is_no_error(request):
@@ -96,9 +98,9 @@ def test_output_that_nobody_reads_any_more_is_no_error(request):
 
 
 def test_validate_says_what_will_run(capsys, request):
-    assert main(["validate", str(request.config.rootpath / CONFIG)]) == 0
-    words = "3 replicas of llama-3.1-8b on simulated GPUs (rtx_a6000), 1 held out"
-    assert words in capsys.readouterr().out
+    path = request.config.rootpath / CONFIG
+    assert main(["validate", str(path)]) == 0
+    assert_golden("validate", capsys.readouterr().out, {str(path): f"<{CONFIG}>"})
 
 
 def test_user_config_takes_the_place_of_tuner(edited):
@@ -118,39 +120,39 @@ def test_validate_names_all_problems_by_their_place(edited, capsys):
 
     assert main(["validate", str(edited(edit))]) == 2
     message = capsys.readouterr().err
-    for words in (
-        "applications.0.args.speeed: unknown setting; did you mean 'speed'?",
-        "applications.0.args.num_replicas: input should be greater than or equal to 1, got 0",
-        "no profile named 'rtx_9999', choose one of: a100_sxm_80gb, h100_sxm_80gb, rtx_a6000",
-        "applications.0.deployments.0.user_config.slo.tpot_s",
-        "applications.0.deployments.0.user_config.min_sm_clock_mhz",
-        "http_options.port",
+    for named in (
+        r"applications\.0\.args\.speeed: .*'speed'\?",
+        r"applications\.0\.args\.num_replicas: .* 1, got 0",
+        "'rtx_9999'.* a100_sxm_80gb, h100_sxm_80gb, rtx_a6000",
+        r"applications\.0\.deployments\.0\.user_config\.slo\.tpot_s: ",
+        r"applications\.0\.deployments\.0\.user_config\.min_sm_clock_mhz: ",
+        r"http_options\.port: ",
     ):
-        assert words in message
+        assert re.search(named, message), message
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "named"),
     [
-        ({"speed": 20}, "engine pushes"),
-        ({"model": "gpt-9"}, "choose one of: llama-3.1-8b"),
-        ({"engine": {"kv_blocks": 2}}, "must hold max_model_len"),
-        ({"num_replicas": 0}, "num_replicas"),
-        ({"tuner": {"holdout_replicas": 9}}, "must not exceed num_replicas (3)"),
-        ({"tuner": {"min_sm_clock_mhz": 5000}}, "this GPU supports 210..2100 MHz"),
-        ({"gpu": {"kind": "amd"}}, "'simulated', 'nvml', 'zeusd'"),
-        ({"gpu": {"state_dir": "here"}}, "not an absolute path"),
-        ({"seed": float("inf")}, "seed"),
+        ({"speed": 20}, "speed 20 .* 1 engine pushes"),
+        ({"model": "gpt-9"}, "'gpt-9'.* llama-3.1-8b"),
+        ({"engine": {"kv_blocks": 2}}, "kv_blocks.* max_model_len"),
+        ({"num_replicas": 0}, r"\bnum_replicas: .* 1, got 0"),
+        ({"tuner": {"holdout_replicas": 9}}, r"\bholdout_replicas \(9\) .*num_replicas \(3\)"),
+        ({"tuner": {"min_sm_clock_mhz": 5000}}, r"\bmin_sm_clock_mhz=5000 .* 210\.\.2100 MHz"),
+        ({"gpu": {"kind": "amd"}}, "'amd'.*'simulated', 'nvml', 'zeusd'"),
+        ({"gpu": {"state_dir": "here"}}, r"\bstate_dir: 'here'"),
+        ({"seed": float("inf")}, r"\bseed: .*\binf\b"),
     ],
 )
-def test_bad_arguments_are_one_clear_line(edited, capsys, change, words):
+def test_bad_arguments_are_one_clear_line(edited, capsys, change, named):
     def edit(content, application):
         application["args"] |= change
         del application["deployments"]
 
     assert main(["validate", str(edited(edit))]) == 2
     message = capsys.readouterr().err
-    assert words in message
+    assert re.search(named, message), message
     assert message.count("\n") == 2, message
 
 
@@ -206,9 +208,9 @@ def test_a_broken_trace_line_is_named_and_nothing_is_sent(tmp_path, capsys):
         (["--duration", "10", "--rate", "-1"], "rate"),
         (["--duration", "nan"], "duration"),
         (["--trace", __file__, "--keep", "2"], "keep"),
-        (["--trace", __file__, "--rate", "2"], "--rate: sets the generated workload"),
-        (["--duration", "10", "--workload", "poison"], "did you mean 'poisson'?"),
-        (["--duration", "10", "--workload", "gamma_burst", "--param", "cv=-1"], "cv: input"),
+        (["--trace", __file__, "--rate", "2"], "--rate: "),
+        (["--duration", "10", "--workload", "poison"], "'poisson'?"),
+        (["--duration", "10", "--workload", "gamma_burst", "--param", "cv=-1"], "cv: "),
         (["--duration", "10", "--param", "cv"], "--param: must be KEY=VALUE, got 'cv'"),
     ],
 )

@@ -80,14 +80,14 @@ def test_refusals(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"uuids": ["MIG-1"]}, r"uuids: 'MIG-1' is not the UUID of a whole GPU.*nvidia-smi -L"),
-        ({"uuids": ["GPU-../x"]}, r"uuids: 'GPU-\.\./x' is not the UUID"),
-        ({"uuids": []}, r"uuids: \[\] is empty"),
-        ({"uuids": ["GPU-1", "GPU-1"]}, r"uuids: .*names a GPU twice"),
-        ({"restore_sm_clocks_mhz": [1500, 900]}, r"restore_sm_clocks_mhz: \[1500, 900\].*swap"),
-        ({"lease_dir": "leases"}, r"lease_dir: 'leases' is not an absolute path"),
+        ({"uuids": ["MIG-1"]}, r"uuids: 'MIG-1' .*nvidia-smi -L"),
+        ({"uuids": ["GPU-../x"]}, r"uuids: 'GPU-\.\./x' "),
+        ({"uuids": []}, r"uuids: \[\] "),
+        ({"uuids": ["GPU-1", "GPU-1"]}, r"uuids: .*'GPU-1', 'GPU-1'"),
+        ({"restore_sm_clocks_mhz": [1500, 900]}, r"restore_sm_clocks_mhz: \[1500, 900\] "),
+        ({"lease_dir": "leases"}, r"lease_dir: 'leases' .*absolute"),
         ({"actuator": "frequency"}, r"actuator: .*'sm_clock' or 'power_limit'"),
-        ({"clock": 1}, r"clock: unknown setting"),
+        ({"clock": 1}, r"clock: unknown"),
     ],
 )
 def test_settings_of_real_gpus_that_are_refused(settings, words):
@@ -96,7 +96,7 @@ def test_settings_of_real_gpus_that_are_refused(settings, words):
 
 
 def test_zeusd_paths_are_absolute():
-    with pytest.raises(ConfigError, match=r"socket_path: 'zeusd\.sock' is not an absolute path"):
+    with pytest.raises(ConfigError, match=r"socket_path: 'zeusd\.sock' .*absolute"):
         parse(ZeusdGpuConfig, {"kind": "zeusd", "socket_path": "zeusd.sock"}, source="gpu")
 
 

@@ -1,5 +1,6 @@
 import ctypes
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from golden_files import assert_golden, sections
 
 from unit.gpu.safety.lease_tools import (
     ROOT,
@@ -32,7 +34,7 @@ from agft_ray.errors import (
     GpuUnavailableError,
     LeaseHeldError,
 )
-from agft_ray.gpu.restore import FORCED, main, reset_gpus
+from agft_ray.gpu.restore import main, reset_gpus
 from agft_ray.gpu.safety import restore as module
 from agft_ray.gpu.safety.guard import Guard
 from agft_ray.gpu.safety.lease import Lease, leases, sweep
@@ -134,7 +136,7 @@ def test_every_nvml_code_becomes_its_error(fake, code, error):
 
 
 def test_a_gpu_or_driver_that_is_not_there(fake, monkeypatch):
-    with pytest.raises(GpuUnavailableError, match=r"HandleByUUID failed for GPU-none: .*smi -L"):
+    with pytest.raises(GpuUnavailableError, match=r"HandleByUUID .*GPU-none.*smi -L"):
         restore(nvml_target("GPU-none"))
     monkeypatch.setenv(ENV, "/nowhere")
     with pytest.raises(GpuNotSupportedError, match="nvmlInit_v2 failed"):
@@ -162,7 +164,7 @@ def test_no_nvml_library(monkeypatch):
 
     module._library.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    with pytest.raises(GpuNotSupportedError, match=r"libnvidia-ml.so.1: .* install the NVIDIA dr"):
+    with pytest.raises(GpuNotSupportedError, match=r"libnvidia-ml\.so\.1: "):
         module.prepare("nvml")
 
 
@@ -197,35 +199,45 @@ def test_zeusd_does_it_with_its_own_number_and_token(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("field", "value"),
     [
-        ({"uuid": "../x"}, "uuid must be letters, digits and '-', got '../x'"),
-        ({"backend": "cuda"}, "backend must be one of"),
-        ({"backend": []}, "backend must be one of"),
-        ({"actuator": None}, "actuator must be"),
-        ({"path": None}, "path must be printable"),
-        ({"path": "a\0b"}, "path must be printable"),
-        ({"path": ""}, "path is missing for simulated"),
-        ({"backend": "zeusd"}, "index is missing for zeusd"),
-        ({"index": True}, "index must be"),
-        ({"index": -1}, "index must be"),
-        ({"token_path": 1}, "token_path must be"),
-        ({"actuator": "power_limit"}, "restore_power_limit_w is missing"),
-        ({"restore_power_limit_w": float("nan")}, "restore_power_limit_w must be watts"),
-        ({"restore_power_limit_w": 0}, "restore_power_limit_w must be watts"),
-        ({"restore_power_limit_w": True}, "restore_power_limit_w must be watts"),
-        ({"restore_sm_clocks_mhz": [900]}, "restore_sm_clocks_mhz must be"),
-        ({"restore_sm_clocks_mhz": [900, 800]}, "restore_sm_clocks_mhz must be"),
-        ({"restore_sm_clocks_mhz": [0, 800]}, "restore_sm_clocks_mhz must be"),
-        ({"restore_sm_clocks_mhz": "ab"}, "restore_sm_clocks_mhz must be"),
+        ("uuid", "../x"),
+        ("backend", "cuda"),
+        ("backend", []),
+        ("actuator", None),
+        ("path", None),
+        ("path", "a\0b"),
+        ("index", True),
+        ("index", -1),
+        ("token_path", 1),
+        ("restore_power_limit_w", float("nan")),
+        ("restore_power_limit_w", 0),
+        ("restore_power_limit_w", True),
+        ("restore_sm_clocks_mhz", [900]),
+        ("restore_sm_clocks_mhz", [900, 800]),
+        ("restore_sm_clocks_mhz", [0, 800]),
+        ("restore_sm_clocks_mhz", "ab"),
     ],
 )
-def test_what_is_no_target_is_refused_by_field(changes, words):
+def test_what_is_no_target_is_refused_by_field_and_value(field, value):
     target = simulated_target("/x")
     assert check_target(target) == target
-    with pytest.raises(GpuArgumentError, match=words.replace("[", r"\[")):
-        restore(target | changes)
-    with pytest.raises(GpuArgumentError, match="must be an object"):
+    with pytest.raises(GpuArgumentError, match=f": {field} .*{re.escape(repr(value))}$"):
+        restore(target | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "whose"),
+    [
+        ({"path": ""}, "path", "simulated"),
+        ({"backend": "zeusd"}, "index", "zeusd"),
+        ({"actuator": "power_limit"}, "restore_power_limit_w", ""),
+    ],
+)
+def test_a_field_that_a_target_lacks_is_named(changes, field, whose):
+    with pytest.raises(GpuArgumentError, match=f": {field} .*{whose}"):
+        restore(simulated_target("/x") | changes)
+    with pytest.raises(GpuArgumentError, match="None"):
         check_target(None)
 
 
@@ -292,7 +304,7 @@ def test_a_sweep_keeps_the_record_of_a_gpu_it_does_not_see(fake, directory):
         assert len(leases(directory)) == 1
     gpu.fail("handle", 0)
     [(_, outcome)] = sweep(directory)
-    assert outcome.startswith("reset what")
+    assert not isinstance(outcome, Exception)
     assert gpu.locked_mhz is None
     assert leases(directory) == []
 
@@ -319,9 +331,10 @@ def test_a_gpu_that_hangs_keeps_no_sweep_from_the_others(fake, hung, directory):
     begin_s = time.monotonic()
     outcomes = dict(sweep(directory))
     assert time.monotonic() - begin_s < 20.0
-    assert "has not returned within 2 s" in str(outcomes[hung.uuid])
     assert isinstance(outcomes[hung.uuid], GpuTransientError)
-    assert outcomes[fake.gpu(1).uuid].startswith("reset what")
+    assert " 2 s" in str(outcomes[hung.uuid])
+    assert not isinstance(outcomes[fake.gpu(1).uuid], Exception)
+    assert fake.gpu(1).locked_mhz is None
     with pytest.raises(LeaseHeldError):
         Lease.acquire(directory, hung.uuid, lambda: nvml_target(hung.uuid), owner="b")
     hung.delay("reset", 0.0)
@@ -336,7 +349,7 @@ def test_a_reset_that_hangs_keeps_no_owner_and_lets_no_other_in(hung, directory)
     def acquire():
         return Lease.acquire(directory, hung.uuid, lambda: nvml_target(hung.uuid), owner="b")
 
-    with pytest.raises(GpuTransientError, match="has not returned within 2 s"):
+    with pytest.raises(GpuTransientError, match=" 2 s"):
         acquire()
     with pytest.raises(LeaseHeldError):
         acquire()
@@ -375,24 +388,24 @@ def test_the_command_resets_what_dead_owners_left(directory, path, tmp_path, cap
     lock_clocks(living_path)
     dead.abandon()
     where = ("--lease-dir", directory)
-    code, out = run(capsys, "--all", *where)
+    screens = {}
+    code, screens["--all"] = run(capsys, "--all", *where)
     assert code == 0
-    assert f"GPU-0: reset what PID {os.getpid()} (app#llm replica 1) left\n" in out
-    assert "GPU-1: in use by PID" in out
     assert (locked_mhz(path), locked_mhz(living_path)) == (None, 900)
-    code, out = run(capsys, "GPU-0", "GPU-1", *where)
+    code, screens["GPU-0 GPU-1"] = run(capsys, "GPU-0", "GPU-1", *where)
     assert code == 1
-    assert "GPU-0: no lease, nothing to reset\n" in out
-    assert "GPU-1: NOT reset: in use by PID" in out
     living.check()
-    code, out = run(capsys, "--all", "--force", *where)
-    assert (code, out) == (0, f"GPU-1: reset, and barred for a minute\n{FORCED}\n")
+    code, screens["--all --force"] = run(capsys, "--all", "--force", *where)
+    assert code == 0
     assert locked_mhz(living_path) is None
     assert living.is_lost()
     with pytest.raises(LeaseHeldError, match="barred"):
         living.renew()
     living.release()
-    assert run(capsys, "--all", *where) == (0, f"no leases in {directory}: nothing to reset\n")
+    code, screens["--all, without leases"] = run(capsys, "--all", *where)
+    assert code == 0
+    changing = {f"PID {os.getpid()} ": "PID <pid> ", str(directory): "<leases>"}
+    assert_golden("reset", sections(screens), changing)
 
 
 def test_the_command_forces_a_gpu_without_a_record_by_nvml(fake, directory, capsys):
@@ -420,7 +433,7 @@ def test_the_command_as_a_process_after_a_kill(directory, path):
     assert locked_mhz(path) == 900
     command = [sys.executable, "-m", "agft_ray.gpu.restore", "--all", "--lease-dir", directory]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert result.stdout.startswith("GPU-0: reset what PID")
+    assert re.match(rf"GPU-0: .* PID {owner.pid} ", result.stdout)
     assert result.stderr == ""
     assert locked_mhz(path) is None
 
@@ -429,6 +442,7 @@ def test_an_untrusted_directory_is_one_line(directory, capsys):
     directory.mkdir(mode=0o755)
     code, out = run(capsys, "--all", "--lease-dir", directory)
     assert code == 1
-    assert out.startswith("leases: NOT reset: lease files: ")
+    assert out.count("\n") == 1
+    assert re.search(f"{directory} .* 0700", out)
     with pytest.raises(GpuPermissionError):
         reset_gpus(str(directory), None, False)

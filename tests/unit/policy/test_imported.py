@@ -69,9 +69,7 @@ def test_by_import_path():
 def test_a_model_of_settings_is_made():
     mine = f"{__name__}:WithSettings"
     assert chosen(config(**{"class": mine})) == min(arm for arm in ARMS if arm >= 300)
-    with pytest.raises(
-        ValidationError, match="abov_mhz: unknown setting; did you mean 'above_mhz'"
-    ):
+    with pytest.raises(ValidationError, match=r"abov_mhz: .*'above_mhz'"):
         config(**{"class": mine, "settings": {"abov_mhz": 5}})
 
 
@@ -100,10 +98,10 @@ def test_on_the_command_line():
 @pytest.mark.parametrize(
     ("path", "settings", "problem"),
     [
-        ("no_such_package.mod:Mine", {}, "cannot be imported: No module named 'no_such_package'"),
+        ("no_such_package.mod:Mine", {}, "no_such_package.*cannot be imported"),
         (f"{__name__}:Missing", {}, "cannot be imported"),
-        (f"{__name__}:NoPolicy", {}, "must be derived of agft_ray.Policy"),
-        (f"{__name__}:ARMS", {}, "must be derived of agft_ray.Policy"),
+        (f"{__name__}:NoPolicy", {}, r"agft_ray\.Policy"),
+        (f"{__name__}:ARMS", {}, r"agft_ray\.Policy"),
         (f"{__name__}:Unfinished", {}, "lacks update"),
         (LOWEST, {"below_mhz": 1}, "unexpected keyword argument 'below_mhz'"),
         ("nonsense", {}, "should match pattern"),
@@ -115,7 +113,7 @@ def test_what_is_wrong_is_named(path, settings, problem):
 
 
 def test_an_unknown_name_is_still_explained():
-    with pytest.raises(ConfigError, match="there is no policy 'agtf'; did you mean 'agft'"):
+    with pytest.raises(ConfigError, match=r"'agtf'.* 'agft'"):
         parse_policy("agtf")
     with pytest.raises(ValidationError, match="agtf"):
         config(name="agtf")

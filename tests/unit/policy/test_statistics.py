@@ -43,8 +43,8 @@ def test_what_windows_can_produce_is_accepted():
 @pytest.mark.parametrize(
     ("experience", "problem"),
     [
-        (changed("counts", put(1, np.nan)), "counts holds a number that is not finite"),
-        (changed("responses", put((0, 3), np.inf)), "responses holds a number"),
+        (changed("counts", put(1, np.nan)), "counts .*not finite"),
+        (changed("responses", put((0, 3), np.inf)), "responses .*not finite"),
         (changed("counts", put(1, -1.0)), "negative number"),
         (changed("grams", put((1, 2, 3), 9.0)), "not symmetric"),
         (changed("grams", put((1, 2, 2), -1.0)), "negative eigenvalue"),

@@ -307,19 +307,19 @@ def test_http_errors(code, body, status):
 
 
 @pytest.mark.parametrize(
-    ("event", "status"),
+    ("event", "named"),
     [
-        ("{garbage", "not a chunk of a completion: '{garbage'"),
-        ("5", "not a chunk of a completion: '5'"),
-        ({"error": {"message": "out of memory"}}, "error in the stream: out of memory"),
+        ("{garbage", "'{garbage'"),
+        ("5", "'5'"),
+        ({"error": {"message": "out of memory"}}, "out of memory"),
     ],
 )
-def test_bad_events(event, status):
+def test_bad_events(event, named):
     async def completions(http):
         return await stream(http, [chunk("a"), event])
 
     row = failing(completions)
-    assert row.status == status
+    assert row.status.endswith(f": {named}")
     assert row.ttft_s is not None
     assert row.e2e_s is None
 
@@ -328,7 +328,9 @@ def test_a_stream_without_its_end():
     async def completions(http):
         return await stream(http, [chunk("a")], done=False)
 
-    assert failing(completions).status == "the stream ended before [DONE]"
+    row = failing(completions)
+    assert "[DONE]" in row.status
+    assert row.e2e_s is None
 
 
 def test_timeout():
@@ -343,7 +345,7 @@ def test_a_dead_server_is_a_row_each_if_nothing_had_to_be_asked():
     result = asyncio.run(replay(requests(0, 0.01), url=url, model="m", speed=1.0))
     assert [row.status.split(":")[0] for row in result.rows] == ["ClientConnectorError"] * 2
     assert [row.retries for row in result.rows] == [0, 0]
-    with pytest.raises(AgftError, match=r"does not answer .* start the server"):
+    with pytest.raises(AgftError, match=f"{url} "):
         asyncio.run(replay(requests(0), url=url, model="m"))
 
 
@@ -392,7 +394,7 @@ def test_a_connection_lost_within_the_answer_is_not_retried(reset):
     [({"speed": 0.0}, "speed"), ({"timeout_s": float("nan")}, "timeout_s"), ({"poll_s": -1}, "po")],
 )
 def test_invalid_parameters(settings, name):
-    with pytest.raises(ConfigError, match=f"{name}.*must be greater than 0"):
+    with pytest.raises(ConfigError, match=f"{name}.* 0"):
         asyncio.run(replay([], url="http://127.0.0.1:1", **settings))
 
 
@@ -405,7 +407,7 @@ def test_no_aiohttp(monkeypatch):
 @pytest.mark.parametrize(
     ("body", "code", "message"),
     [
-        ({"speed": 0, "now_s": 0, "replicas": []}, 200, "/agft/status: speed: .*greater than 0"),
+        ({"speed": 0, "now_s": 0, "replicas": []}, 200, r"/agft/status: speed: .*\b0\b"),
         ({"speed": 1, "now_s": 0}, 200, "/agft/status: replicas: "),
         ({"error": {"message": "not yet"}}, 503, "/agft/status: HTTP 503: not yet"),
     ],
@@ -602,5 +604,4 @@ def test_late_steps_count_from_the_start_of_the_run():
     first = status_body(steps=1000, late_steps=900)
     last = status_body(steps=1100, late_steps=910, max_lateness_s=0.5)
     (sentence,) = bottlenecks(result_of((), [first, last], speed=4.0))
-    assert "10.0% of the simulated engines' steps ended late (10 of 100" in sentence
-    assert "at worst by 500 ms of wall time" in sentence
+    assert all(number in sentence for number in ("10.0%", "10 of 100", "500 ms"))

@@ -4,6 +4,7 @@ import io
 from dataclasses import replace
 
 import pytest
+from golden_files import assert_golden, sections
 from rich.console import Console
 
 from agft_ray.replay.client import Progress
@@ -72,36 +73,27 @@ def printed(value, *, width=100):
     return text
 
 
-def line_of(text, label):
-    (line,) = (line for line in text.splitlines() if line.split("│")[1:2] and label in line)
-    return [cell.strip() for cell in line.strip("│").split("│")]
-
-
-def test_two_groups_beside_their_change():
-    both = (group("tuned"), group("holdout", requests=99, ttft_s=Distribution(1, 0.2, 0.2, 1, 1)))
-    changes = {"ttft_s.mean": -50.0, "energy_per_output_token_j": 12.34, "sm_clock_mhz": -20.0}
-    text = printed(comparison(both, changes_percent=changes, slo=Slo(ttft_s=1.0)))
-    assert line_of(text, "requests") == ["requests", "1,234", "99", ""]
-    assert line_of(text, "prompt tokens") == ["prompt tokens", "1,000,000", "1,000,000", ""]
-    assert line_of(text, "TTFT mean") == ["TTFT mean, ms", "100.0", "200.0", "-50.0 %"]
-    assert line_of(text, "TTFT p50") == ["TTFT p50, ms", "91.20", "200.0", ""]
-    assert line_of(text, "per output token")[1:] == ["2.469", "2.469", "+12.3 %"]
-    assert line_of(text, "TPOT p99") == ["TPOT p99, ms", "—", "—", ""]
-    assert line_of(text, "SLO") == ["SLO attainment, %", "97.50", "97.50", ""]
-    assert line_of(text, "energy, kJ")[1] == "12.35"
-    assert "2,468 requests in 600 s (speed 4)" in text
-
-
-def test_one_group_has_no_column_of_changes():
-    text = printed(comparison((group("tuned"),), notes=("No comparison: every replica is tuned.",)))
-    assert "change " not in text.splitlines()[2]
-    assert line_of(text, "requests") == ["requests", "1,234"]
-    assert "No comparison: every replica is tuned." in text
-    assert "SLO" not in text
-
-
-def test_no_values_are_dashes():
-    empty = group(
+def test_the_screen():
+    """Of two groups with all there can be, of one, and of one of which next to nothing is known."""
+    holdout = group(
+        "holdout",
+        requests=99,
+        ttft_s=Distribution(1, 0.2, 0.2, 1.0, 1.0),
+        sm_clock_over_time_mhz=(1980.0,) * 60,
+    )
+    both = comparison(
+        (group("tuned"), holdout),
+        changes_percent={
+            "ttft_s.mean": -50.0,
+            "energy_per_output_token_j": 12.34,
+            "sm_clock_mhz": -20.0,
+        },
+        slo=Slo(ttft_s=1.0),
+        errors={"HTTP 500: [bold]x": 3},
+        notes=("A note [really].",),
+        bottlenecks=("A warning [really].",),
+    )
+    unknown = group(
         "all",
         replicas=None,
         energy_j=None,
@@ -110,22 +102,12 @@ def test_no_values_are_dashes():
         ttft_s=Distribution(),
         sm_clock_over_time_mhz=(None,) * 60,
     )
-    text = printed(comparison((empty,), client_ttft_s=Distribution()))
-    assert line_of(text, "replicas") == ["replicas", "—"]
-    assert "TTFT mean — ms" in text
-    assert "SM clock over time" not in text
-
-
-def test_the_clients_view_errors_and_warnings_are_printed_as_they_are():
-    value = comparison(
-        (group("tuned"),),
-        errors={"HTTP 500: [bold]x": 3},
-        bottlenecks=("The client sent late [really].",),
-    )
-    text = printed(value)
-    assert "TTFT mean 150.0 ms, p99 777.0 ms; E2E mean 4.500 s, p99 9.250 s" in text
-    assert "3 failed: HTTP 500: [bold]x" in text
-    assert "warning: The client sent late [really]." in text
+    screens = {
+        "two groups": both,
+        "one group": comparison((group("tuned"),)),
+        "no values": comparison((unknown,), client_ttft_s=Distribution()),
+    }
+    assert_golden("replay", sections({name: printed(each) for name, each in screens.items()}))
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -175,17 +157,14 @@ def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end():
             show(Progress(second, second // 2, 1, 2.0 * second, status(second, 100.0 * second)))
     lines = console.file.getvalue().splitlines()
     assert [line.split(":")[0] for line in lines] == ["20 s", "40 s", "50 s"]
-    assert lines[0] == (
-        "20 s: 1 failed, 5 in flight, 5 done of 50; running 9, waiting 3, "
-        "tuned 200 W 1410 MHz, holdout 400 W 1410 MHz"
-    )
-
-
-def test_a_log_without_status_total_or_any_progress():
-    console = Console(file=io.StringIO(), width=80)
-    with progress_display(None, console=console) as show:
+    little = Console(file=io.StringIO(), width=80)
+    with progress_display(None, console=little) as show:
         show(Progress(3, 1, 0, 7.0, None))
-    assert console.file.getvalue() == "7 s: 0 failed, 2 in flight, 1 done\n"
+    screens = {"all is known": "\n".join(lines), "no status, no total": little.file.getvalue()}
+    assert_golden("replay_progress", sections(screens))
+
+
+def test_a_log_without_any_progress_is_empty():
     silent = Console(file=io.StringIO())
     with progress_display(None, console=silent):
         pass

@@ -1,6 +1,7 @@
 """Statistics of a replay against hand computation."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -130,7 +131,8 @@ def test_totals_and_the_clients_view():
     assert comparison.duration_s == 10.0
     assert comparison.latency_source == "engine"
     assert comparison.client_e2e_s.mean == pytest.approx(8.5 / 3)
-    assert comparison.notes == ("1 failed requests name no replica and are in no group.",)
+    (note,) = comparison.notes
+    assert note.startswith("1 failed"), "the interrupted one did not fail"
 
 
 def test_percentiles_interpolate_linearly():
@@ -156,15 +158,17 @@ def test_a_server_without_status_or_roles():
     assert (group.energy_j, group.mean_power_w, group.edp_j_s, group.windows) == (None,) * 4
     assert set(group.sm_clock_over_time_mhz) == {None}
     assert comparison.changes_percent == {}
-    assert comparison.notes[0].startswith("No comparison: the server does not say")
-    assert comparison.notes[1].startswith("No energy")
+    no_comparison, no_energy = comparison.notes
+    assert "tuned" in no_comparison
+    assert "/agft/status" in no_energy
 
 
 def test_one_role_only():
     polls = [(t, [replica("a", "tuned", t, energy_j=9 * t)]) for t in (0.0, 1.0)]
     comparison = summarise(result_of([row("tuned")], polls))
     assert [group.role for group in comparison.groups] == ["tuned"]
-    assert comparison.notes[0].startswith("No comparison: every replica is tuned")
+    assert comparison.changes_percent == {}
+    assert "tuned" in comparison.notes[0]
 
 
 def test_nothing_at_all():
@@ -198,17 +202,15 @@ def test_replicas_that_come_and_go():
     comparison = summarise(result_of((), polls))
     tuned = comparison.groups[0]
     assert (tuned.replicas, tuned.energy_j, tuned.mean_power_w) == (2, 40.0, 20.0)
-    assert comparison.notes == (
-        "Replica old vanished during the run, counted until 1.0 s.",
-        "Replica new appeared during the run, counted from 2.0 s.",
-    )
+    old, new = comparison.notes
+    assert re.search(r"\bold\b.* until 1\.0 s", old)
+    assert re.search(r"\bnew\b.* from 2\.0 s", new)
 
 
 def test_a_dead_replica_is_named():
     polls = [(0, [replica("a", "tuned", 0.0)]), (1, [replica("a", "tuned", 0.0, alive=False)])]
-    assert "Replica a vanished during the run, counted until 0.0 s." in (
-        summarise(result_of((), polls)).notes
-    )
+    notes = summarise(result_of((), polls)).notes
+    assert any(re.search(r"\ba\b.* until 0\.0 s", note) for note in notes)
 
 
 def test_a_change_of_role_splits_the_energy():
@@ -262,7 +264,7 @@ def test_no_clock_where_no_replica_was_seen():
 
 def test_what_went_wrong_is_noted():
     notes = summarise(result_of(interrupted=True, settled=False, missed_polls=2)).notes
-    for text in ("was interrupted", "not at rest", "2 polls of the status failed"):
+    for text in ("was interrupted", "not at rest", "2 polls"):
         assert any(text in note for note in notes)
 
 

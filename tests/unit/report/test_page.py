@@ -15,6 +15,10 @@ from agft_ray.results.spread import Spread
 from unit.results.test_record import RECORD
 
 pytest.importorskip("matplotlib", reason="a report needs the extra 'report'")
+COMMAND = [
+    *("agft-ray", "simulate", "--rate", "1", "--duration", "100", "--seed", "0..1", "--jobs", "1"),
+    *("--policy", "agft", "--policy", "frontier", "--clock-step-mhz", "630"),
+]
 HEADINGS = [
     "Energy against latency",
     "Clock, power and load over time",
@@ -57,9 +61,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    arguments = ["--rate", "1", "--duration", "100", "--seed", "0..1", "--jobs", "1"]
-    policies = ["--policy", "agft", "--policy", "frontier", "--clock-step-mhz", "630"]
-    assert main(["simulate", *arguments, *policies, "--out", str(folder)]) == 0
+    assert main([*COMMAND[1:], "--out", str(folder)]) == 0
     return folder
 
 
@@ -88,7 +90,7 @@ def test_the_page_has_every_plot_the_table_and_its_origin(report):
     assert len(page.all("figure")) == len(page.all("figcaption")) == len(HEADINGS)
     for words in ("agft", "default", "fixed:1470", "EDP of the run"):
         assert words in text
-    assert "agft-ray simulate --rate 1 --duration 100 --seed 0..1 --jobs 1 --policy agft" in text
+    assert " ".join(COMMAND) in text
     assert re.search(r"Seeds 0, 1; agft_ray [\d.]+.*python 3", text)
     assert "±" in text
     assert "nan" not in text.lower().split()
@@ -170,21 +172,25 @@ def test_the_fleet_is_the_sum_of_its_replicas(study):
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "named"),
     [
-        (lambda path: path.mkdir(), "holds no runs.json; name a folder"),
-        (lambda path: path.write_text("{}"), "is not what --json of agft-ray writes"),
+        (lambda path: path.mkdir(), "runs.json"),
+        (lambda path: path.write_text("{}"), "--json"),
         (lambda path: path.write_text('{"runs": []}'), "nothing to report"),
         (lambda path: None, "cannot be read"),
     ],
 )
-def test_what_is_no_run_is_named(tmp_path, capsys, make, words):
+def test_what_is_no_run_is_named(tmp_path, capsys, make, named):
     make(tmp_path / "run")
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "r.html")]) == 2
-    assert words in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert named in error
+    assert str(tmp_path / "run") in error or named == "nothing to report"
     assert not (tmp_path / "r.html").exists()
 
 
 def test_the_page_must_be_html(tmp_path, capsys):
     assert main(["report", str(tmp_path), "--out", "report.json"]) == 2
-    assert "must end in .html" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "report.json" in error
+    assert ".html" in error

@@ -115,7 +115,7 @@ def test_a_file_that_is_something_else_is_named(tmp_path, content):
     path = tmp_path / "other.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(AgftError, match=r"other\.json: (cannot be read|is not what --json)"):
+    with pytest.raises(AgftError, match=r"other\.json: "):
         read_runs(path)
 
 

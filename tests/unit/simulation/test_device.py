@@ -193,8 +193,9 @@ def test_a_tensor_parallel_group_draws_the_power_of_all_its_gpus():
     end_s = device.finish_step()
     assert end_s == pytest.approx(step_time_s(model, work, 1980))
     busy_j = 4 * busy_power_w(gpu, model, work, 1980) * end_s
+    idle_w = idle_power_w(gpu.power, 1980, model.spinning_activity)
     assert device.energy_j == pytest.approx(busy_j)
     device.advance(end_s + 1.0)
-    assert device.energy_j == pytest.approx(busy_j + 4 * idle_power_w(gpu.power, 1980))
+    assert device.energy_j == pytest.approx(busy_j + 4 * idle_w)
     temperature_c = device.read(end_s + 1.0).temperature_c
-    assert temperature_c == pytest.approx(30 + 0.06 * idle_power_w(gpu.power, 1980))
+    assert temperature_c == pytest.approx(30 + 0.06 * idle_w)

@@ -204,12 +204,12 @@ def test_abort_frees_blocks_wherever_the_request_is():
 
 def test_requests_that_cannot_be_served_are_refused():
     engine = make_engine(max_model_len=100)
-    with pytest.raises(ValueError, match=r"90 prompt tokens and 11 output.*max_model_len.*100"):
+    with pytest.raises(ValueError, match=r"\b90 .*\b11 .*max_model_len.*\b100\b"):
         engine.add(request("a", 90, 11))
-    with pytest.raises(ValueError, match="output_tokens 0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"output_tokens 0 .*1"):
         engine.add(request("a", 90, 0))
     engine.add(request("a", 90, 10))
-    with pytest.raises(ValueError, match="id is in use"):
+    with pytest.raises(ValueError, match=r"\ba: .*in use"):
         engine.add(request("a", 1, 1))
 
 
@@ -227,9 +227,9 @@ def test_batches_cannot_be_scheduled_twice_or_completed_twice():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kv_blocks": 511}, "511 blocks of block_size 16 hold 8176.*8192"),
-        ({"max_num_batched_tokens": 127}, "127 must be at least max_num_seqs, which is 128"),
-        ({"block_sise": 16}, "did you mean 'block_size'"),
+        ({"kv_blocks": 511}, r"\b511 .*block_size 16 .*8176.*8192"),
+        ({"max_num_batched_tokens": 127}, "max_num_batched_tokens.*127 .*max_num_seqs.* 128"),
+        ({"block_sise": 16}, "block_sise: .*'block_size'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, message):

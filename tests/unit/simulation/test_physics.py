@@ -73,40 +73,56 @@ def test_a100_idle_power_by_clock():
     assert sum(map(abs, errors)) / len(errors) < 0.01
 
 
-def test_a100_decode_power_at_full_clock_follows_bandwidth():
+def test_power_by_utilization_is_the_energy_of_a_step_over_its_time():
     work = StepWork(0, 32, 32_000)
-    time_s = step_time_s(LLAMA_A100, work, 1410)
-    tb_s = (16_060_522_496 + 131_072 * 32_000) / time_s / 1e12
-    assert busy_power_w(A100, LLAMA_A100, work, 1410) == pytest.approx(119 + 135 * tb_s)
-
-
-def test_a100_decode_power_below_full_clock_scales_the_part_above_idle():
-    work = StepWork(0, 32, 32_000)
-    tb_s = (16_060_522_496 + 131_072 * 32_000) / step_time_s(LLAMA_A100, work, 1200) / 1e12
-    v, v_max = 1 + 0.127 * (218 / 428) ** 2, 1.127
-    above_idle_w = 119 + 135 * tb_s - idle_power_w(A100.power, 1410)
-    expected_w = idle_power_w(A100.power, 1200) + (0.6 * (v / v_max) ** 2 + 0.4) * above_idle_w
+    x = 1410 / 1200
+    weights_ms = 9.41 * ((1 + (0.827 * x) ** 16) / (1 + 0.827**16)) ** (1 / 16)
+    computing_ms = 0.0677 * 32 * x
+    dense_ms = (weights_ms**1.38 + computing_ms**1.38) ** (1 / 1.38)
+    attention_ms = 32 * (11.5 + 0.155 * 32 + 0.002336 * 32_000) / 1e3
+    asking_ms = 1.165 * 0.827 * 9.41 * x
+    working_ms = min(dense_ms, (asking_ms**1.055 + computing_ms**1.055) ** (1 / 1.055))
+    v = 1 + 0.1385 * ((1200 - 850) / (1410 - 850)) ** 2.52
+    energy_mj = 14.85 * (dense_ms + attention_ms) + 15.0 * (9.41 + attention_ms)
+    energy_mj += 184.7 * v**2 * 1200 / 1410 * (working_ms + 0.19 * attention_ms)
+    expected_w = idle_power_w(A100.power, 1200) + energy_mj / (1.0 + dense_ms + attention_ms)
     assert busy_power_w(A100, LLAMA_A100, work, 1200) == pytest.approx(expected_w)
 
 
-def test_decode_power_of_a_group_is_each_gpus_by_its_share_of_bytes_and_flops():
+def test_what_waits_for_the_host_draws_idle_power():
+    work = StepWork(0, 8, 8000)
+    slow_host = LLAMA_A100.model_copy(update={"host_ms": 11.0})
+    idle_w = idle_power_w(A100.power, 1410)
+    energies_j = [
+        (busy_power_w(A100, model, work, 1410) - idle_w) * step_time_s(model, work, 1410)
+        for model in (LLAMA_A100, slow_host)
+    ]
+    assert energies_j[1] == pytest.approx(energies_j[0])
+
+
+def test_an_all_reduce_draws_what_the_dense_kernels_do():
     model = H100.model_profile("llama-3.1-70b-tp4")
-    work = StepWork(0, 64, 32_000)
-    time_s = step_time_s(model, work, 1980)
-    tb_s = (141_107_412_992 + 327_680 * 32_000) / 4 / time_s / 1e12
-    tflop_s = 2 * 70_553_706_496 * 64 / 4 / time_s / 1e12
-    idle_w = 69.7 + 12 * 1.3**2 + 26.5 * (1.3**3 - 1)
-    above_w = 332 + 61.3 * tb_s + 1.39 * tflop_s - idle_w
-    assert busy_power_w(H100, model, work, 1980) == pytest.approx(idle_w + 0.83 * above_w)
+    attention = model.attention.model_copy(update={"decode_floor_us": 0.0})
+    work = StepWork(0, 64, 0)
+    idle_w = idle_power_w(H100.power, 1380, model.spinning_activity)
+
+    def above_idle_j_and_time_s(all_reduce_ms):
+        changes = {"all_reduce_ms": all_reduce_ms, "all_reduce_token_ms": 0.0}
+        group = model.model_copy(update={"attention": attention, **changes})
+        time_s = step_time_s(group, work, 1380)
+        return (busy_power_w(H100, group, work, 1380) - idle_w) * time_s, time_s
+
+    without_j, step_s = above_idle_j_and_time_s(0.0)
+    with_j, _ = above_idle_j_and_time_s(30.0)
+    dense_s = step_s - (model.host_ms + 64 * model.host_sequence_ms) / 1e3
+    assert with_j / without_j == pytest.approx((dense_s + 0.030) / dense_s)
 
 
-def test_bytes_per_parameter_halves_or_doubles_the_flops():
-    model = H100.model_profile("llama-3.1-8b")
-    eight_bit = model.model_copy(update={"bytes_per_parameter": 1.0})
-    work = StepWork(0, 32, 10_000)
-    more_w = busy_power_w(H100, eight_bit, work, 1980) - busy_power_w(H100, model, work, 1980)
-    tflop_s = 2 * 8_030_261_248 * 32 / step_time_s(model, work, 1980) / 1e12
-    assert more_w == pytest.approx(1.39 * tflop_s)
+def test_workers_that_spin_draw_their_share_of_the_cores_power():
+    power = H100.power
+    v = voltage(power, 1680)
+    more_w = idle_power_w(power, 1680, 0.1) - idle_power_w(power, 1680)
+    assert more_w == pytest.approx(0.1 * power.busy_clock_w * v**2 * 1680 / 1980)
 
 
 def test_the_head_is_part_of_the_dense_time():
@@ -141,7 +157,7 @@ def test_decode_time_and_energy_are_affine_in_context(gpu, model):
 def test_voltage_is_flat_below_the_knee_and_as_fitted_above():
     assert voltage(A6000.power, 210) == voltage(A6000.power, 1303) == 1.0
     assert voltage(A6000.power, 1800) == pytest.approx(1.335)
-    assert voltage(A100.power, 1196) == pytest.approx(1 + 0.127 / 4)
+    assert voltage(A100.power, 1130) == pytest.approx(1 + 0.1385 * 0.5**2.52)
 
 
 def test_a6000_idle_power():
@@ -180,7 +196,16 @@ def test_large_steps_slow_as_1_over_f_and_small_ones_hardly():
     ratio = step_time_s(LLAMA_A100, large, 705) / step_time_s(LLAMA_A100, large, 1410)
     assert ratio == pytest.approx(2.0, rel=1e-3)
     one = StepWork(0, 1, 0)
-    assert step_time_s(LLAMA_A100, one, 990) / step_time_s(LLAMA_A100, one, 1410) < 1.02
+    assert step_time_s(LLAMA_A100, one, 1200) / step_time_s(LLAMA_A100, one, 1410) < 1.03
+    assert step_time_s(LLAMA_A100, one, 300) / step_time_s(LLAMA_A100, one, 600) > 1.7
+
+
+def test_weights_and_compute_overlap_at_every_clock():
+    work = StepWork(200)
+    x = 1545 / 900
+    weights_ms = 22.7 * ((1 + (0.8 * x) ** 6) / (1 + 0.8**6)) ** (1 / 6)
+    dense_ms = (weights_ms**1.58 + (0.1675 * 200 * x) ** 1.58) ** (1 / 1.58)
+    assert step_time_s(LLAMA_A6000, work, 900) * 1e3 == pytest.approx(1 + dense_ms)
 
 
 def test_the_effective_clock_is_the_largest_within_the_cap():

@@ -159,7 +159,7 @@ def test_the_grid_goes_down_from_the_highest_clock():
     assert clock_grid(A6000, 630, "--x") == (210, 840, 1470, 2100)
     assert clock_grid(A6000, 900, "--x") == (300, 1200, 2100)
     for step in (0, 10, 100):
-        with pytest.raises(ConfigError, match=r"(?s)--x.*must be a multiple of 15 MHz"):
+        with pytest.raises(ConfigError, match=rf"--x: (?s:.*) {step}: .*\b15 MHz"):
             clock_grid(A6000, step, "--x")
 
 
@@ -174,7 +174,7 @@ def test_the_clock_that_is_kept_of_equal_ones_is_the_best_of_them():
     high, kept, lower = (
         perform(Job(SHORT, pair(clock, 1200), 0), silent).record for clock in (2100, 1590, 1500)
     )
-    assert kept.ttft_s.mean == pytest.approx(high.ttft_s.mean, rel=1e-2)
+    assert kept.ttft_s.mean == pytest.approx(high.ttft_s.mean, rel=2e-2)
     assert kept.ttft_s.mean != pytest.approx(lower.ttft_s.mean, rel=2e-2)
     assert 0.97 * high.edp_j_s < kept.edp_j_s < high.edp_j_s
 

@@ -31,23 +31,23 @@ def test_every_policy_can_be_named():
 @pytest.mark.parametrize("name", SEARCHES)
 def test_searches_have_no_settings(name):
     assert parse_policy(name).settings is None
-    with pytest.raises(ConfigError, match="takes no settings"):
+    with pytest.raises(ConfigError, match=f"{name}.* no settings"):
         parse_policy(f"{name}:step=90")
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("agtf", r"no policy 'agtf'; did you mean 'agft'\? Choose one of: .*default.*oracle_pair"),
-        ("agft:alhpa=2", "alhpa: unknown setting; did you mean 'alpha'"),
-        ("agft:alpha=-1", "alpha: input should be greater than 0, got -1"),
+        ("agtf", "'agtf'.* 'agft'.*: .*default.*oracle_pair"),
+        ("agft:alhpa=2", "alhpa: .*'alpha'"),
+        ("agft:alpha=-1", "alpha: .* 0, got -1"),
         ("agft:alpha", "must be KEY=VALUE"),
         ("agft:alpha=[", "is not a value"),
         ("agft:", "must be KEY=VALUE"),
-        ("fixed:1230MHz", "'1230MHz': must be in whole MHz, as in fixed:1230"),
+        ("fixed:1230MHz", "'1230MHz': .*fixed:1230"),
         ("fixed", "needs sm_clock_mhz"),
-        ("pid", "tpot_slo_s: required, and missing; give --slo-tpot S"),
-        ("pair:1500", "'1500': must be in whole MHz, as in pair:1500/1230"),
+        ("pid", "tpot_slo_s: .*--slo-tpot"),
+        ("pair:1500", "'1500': .*pair:1500/1230"),
     ],
 )
 def test_what_is_wrong_is_named(text, words):

@@ -184,7 +184,7 @@ def test_rows_of_named_policies_are_kept(tmp_path):
 
 def test_no_request_is_said_so():
     nothing = SHORT.model_copy(update={"duration_s": 0.001})
-    with pytest.raises(AgftError, match="no request was served; lengthen --duration"):
+    with pytest.raises(AgftError, match="--duration"):
         study("agft", scenario=nothing).run(one_by_one, no_phase)
 
 

@@ -64,7 +64,7 @@ def test_conversation_is_bounded_by_its_duration():
     requests = list(generate_conversation(1.0, 50.0, seed=3))
     assert requests == take("conversation", len(requests), rate_per_s=1.0, seed=3)
     assert requests[-1].arrival_s < 50.0 <= take("conversation", 99, rate_per_s=1.0)[-1].arrival_s
-    with pytest.raises(ValueError, match="duration_s: must be above 0, got -1"):
+    with pytest.raises(ValueError, match=r"duration_s: .* 0, got -1"):
         generate_conversation(1.0, -1.0, seed=3)
 
 
@@ -168,13 +168,13 @@ def test_day_night_takes_the_column_asked_for(write_rates):
     ("rows", "problem"),
     [
         ("0,1,x,1\n", "line 2: could not convert"),
-        ("0,1,nan,1\n", "line 2: rate: must be a number, 0 or more, got nan"),
+        ("0,1,nan,1\n", "line 2: rate: .*got nan"),
         ("0,1,-1,1\n", "line 2: rate"),
-        ("0,1,1,1\n0,1,1,1\n", "line 3: hour_of_week: must rise"),
+        ("0,1,1,1\n0,1,1,1\n", "line 3: hour_of_week: "),
         ("168,1,1,1\n", "line 2: hour_of_week"),
         ("0,1\n", "line 2: "),
-        ("0,1,0,1\n", "must hold a rate above 0 in the column req_per_min_mid"),
-        ("", "must hold a rate above 0"),
+        ("0,1,0,1\n", ".*column req_per_min_mid"),
+        ("", ".*column req_per_min_mid"),
     ],
 )
 def test_a_broken_rate_file_is_named(write_rates, rows, problem):
@@ -231,25 +231,24 @@ def test_other_workloads_say_nothing_of_their_prompts():
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "words"),
+    ("name", "settings", "named"),
     [
-        ("poison", {}, "there is no 'poison'; did you mean 'poisson'?"),
-        ("zzz", {}, "choose one of conversation, poisson"),
-        ("poisson", {"rate_per_s": 0.0}, "rate_per_s: input should be greater than 0, got 0.0"),
+        ("poison", {}, r"'poison'.* 'poisson'\?"),
+        ("zzz", {}, "'zzz'.* conversation, poisson, "),
+        ("poisson", {"rate_per_s": 0.0}, r"rate_per_s: .* 0, got 0\.0"),
         ("poisson", {"rate_per_s": math.nan}, "rate_per_s"),
         ("poisson", {"seed": -1}, "seed"),
         ("gamma_burst", {"cv": math.inf, "prompt_tokens": 0}, "prompt_tokens"),
         ("gamma_burst", {"cv": math.inf, "prompt_tokens": 0}, "cv"),
-        ("gamma_burst", {"cvv": 2.0}, "cvv: unknown setting; did you mean 'cv'?"),
-        ("normal_load", {"prompt": (1, 0.1)}, "prompt: unknown setting"),
-        ("day_night", {}, "rates: required, and missing"),
-        ("high_cache_hit", {"shared_blocks": 9}, "shared_blocks: 9 blocks of 512 tokens must fit"),
+        ("gamma_burst", {"cvv": 2.0}, r"cvv: .*'cv'\?"),
+        ("normal_load", {"prompt": (1, 0.1)}, r"\bprompt: "),
+        ("day_night", {}, r"\brates: required"),
+        ("high_cache_hit", {"shared_blocks": 9}, r"shared_blocks: 9 .*\b512 tokens"),
     ],
 )
-def test_bad_settings_are_refused_together(name, settings, words):
-    with pytest.raises(ConfigError) as error:
+def test_bad_settings_are_refused_together(name, settings, named):
+    with pytest.raises(ConfigError, match=named):
         generate(name, **{"rate_per_s": 1.0} | settings)
-    assert words in str(error.value)
 
 
 def test_thinning_keeps_a_share_that_does_not_depend_on_duration(generated):
@@ -258,11 +257,11 @@ def test_thinning_keeps_a_share_that_does_not_depend_on_duration(generated):
     assert whole[: len(start)] == start
     assert len(whole) / len(generated) == pytest.approx(0.25, rel=0.05)
     assert list(thin(generated[:10], 1.0, seed=5)) == generated[:10]
-    with pytest.raises(ValueError, match=r"keep: must be above 0 and at most 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"keep: .* 0 .* 1, got 1\.5"):
         thin(generated, 1.5, seed=5)
 
 
 def test_until_stops_before_the_duration(generated):
     assert list(until(generated, generated[10].arrival_s)) == generated[:10]
-    with pytest.raises(ValueError, match="duration_s: must be above 0, got nan"):
+    with pytest.raises(ValueError, match=r"duration_s: .* 0, got nan"):
         until(generated, math.nan)

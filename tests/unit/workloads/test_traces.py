@@ -143,12 +143,12 @@ def test_a_broken_first_row_is_not_the_origin_of_time(write, header, broken, goo
         ("\n", "trace.csv: holds no request"),
         ("TIMESTAMP,ContextTokens\n" + AZURE_ROW, "line 1: .*missing: GeneratedTokens"),
         ("arrival_time_ns,output_toks\n", "line 1: .*missing: input_toks"),
-        ("<html>\n", r"line 1: must be a JSON object \(Mooncake\), or name .*, got <html>"),
+        ("<html>\n", "line 1: .*JSON.*, got <html>"),
         (AZURE, "holds no request"),
         (AZURE + "a,b,c\n", "holds no request"),
         ("{}\n", "holds no request"),
-        (b"\x00" * (MAX_LINE_CHARS + 1), "line 1: is longer than 1,048,576 characters"),
-        (AZURE + AZURE_ROW + "9" * (MAX_LINE_CHARS + 1), "line 3: is longer"),
+        (b"\x00" * (MAX_LINE_CHARS + 1), f"line 1: .* {MAX_LINE_CHARS:,} "),
+        (AZURE + AZURE_ROW + "9" * (MAX_LINE_CHARS + 1), f"line 3: .* {MAX_LINE_CHARS:,} "),
     ],
 )
 def test_a_file_that_is_no_trace_is_always_an_error(write, content, problem):
@@ -178,9 +178,9 @@ def test_a_damaged_line_is_never_more_than_a_trace_error(write, sample, start, l
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    with pytest.raises(TraceError, match=r"absent\.csv: cannot be read: No such file"):
+    with pytest.raises(TraceError, match=r"absent\.csv: .*No such file"):
         list(open_trace(tmp_path / "absent.csv"))
-    with pytest.raises(TraceError, match="cannot be read: Is a directory"):
+    with pytest.raises(TraceError, match=f"{tmp_path}: .*Is a directory"):
         list(open_trace(tmp_path))
 
 
@@ -207,10 +207,10 @@ def test_a_trace_is_found_by_path_then_in_the_data_folder(tmp_path, monkeypatch)
     assert find_trace("mine.csv").absolute() == here
     with pytest.raises(TraceError) as error:
         find_trace("other.csv")
-    words = ("other.csv: no such file", str(stored.parent / "other.csv"), "agft-ray fetch-data")
+    words = ("other.csv: ", str(stored.parent / "other.csv"), "agft-ray fetch-data")
     assert all(word in str(error.value) for word in words)
     monkeypatch.delenv("AGFT_RAY_DATA")
-    with pytest.raises(TraceError, match=r"AGFT_RAY_DATA is not set; .*agft-ray fetch-data"):
+    with pytest.raises(TraceError, match=r"other\.csv: .*AGFT_RAY_DATA .*agft-ray fetch-data"):
         find_trace("other.csv")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -629,12 +630,12 @@ def test_a_hung_call_returns_in_time_and_recovers_when_it_ends(driver, device):
     gpu.read()
     device.delay("clock", 60.0)
     begin_s = time.monotonic()
-    with pytest.raises(GpuTransientError, match=rf"^read of {gpu.uuid} did not .* within 0.5 s"):
+    with pytest.raises(GpuTransientError, match=rf"^read of {gpu.uuid} .* 0\.5 s"):
         gpu.read()
     assert 0.5 <= time.monotonic() - begin_s < 5.0
     before, begin_s = all_calls(driver), time.monotonic()
     for call in (gpu.read, gpu.reset, lambda: gpu.lock(900), gpu.claim):
-        with pytest.raises(GpuTransientError, match=rf"stuck in read of {gpu.uuid} for \d+\.\d s"):
+        with pytest.raises(GpuTransientError, match=rf"read of {gpu.uuid} .*\b\d+\.\d s"):
             call()
     assert time.monotonic() - begin_s < 1.0  # less than four deadlines
     assert all_calls(driver) == before
@@ -744,7 +745,7 @@ def test_a_gpu_that_fails_is_listed_with_its_problem(driver, device):
     lost, fine = list_devices()
     assert (lost.index, lost.uuid, lost.model, lost.sm_clocks_mhz) == (0, None, None, None)
     assert lost.has_energy_counter
-    assert lost.problem.startswith("nvmlDeviceGetUUID failed for GPU 0: GPU is lost")
+    assert re.match(r"nvmlDeviceGetUUID .* GPU 0: .*\b15\b", lost.problem)
     assert (fine.index, fine.uuid, fine.problem) == (1, driver.gpu(1).uuid, "")
     device.fail("info", 0)
     device.fail("handle", 17)
@@ -758,15 +759,15 @@ def test_a_gpu_that_hangs_is_listed_in_time(driver, device):
     devices = list_devices(deadline_s=0.3)
     assert time.monotonic() - begin_s < 5.0
     assert [d.index for d in devices] == [0, 1]
-    assert "description of GPU 0 did not return" in devices[0].problem
-    assert "stuck in description of GPU 0" in devices[1].problem
+    assert re.match(r"description of GPU 0 .* 0\.3 s", devices[0].problem)
+    assert re.search("description of GPU 0 ", devices[1].problem), "not asked: 0 is in its way"
     device.delay("info", 0.0)
     assert eventually(driver_versions)
 
 
 def test_listing_fails_as_a_whole_where_nvml_does(driver):
     driver.fail_init(18)
-    with pytest.raises(GpuNotSupportedError, match=r"this node.*restart this node's processes"):
+    with pytest.raises(GpuNotSupportedError, match=r"nvmlInit .*\b18\b"):
         list_devices()
 
 

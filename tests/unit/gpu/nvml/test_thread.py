@@ -1,6 +1,7 @@
 """The NVML thread keeps its deadlines whatever NVML does, and recovers."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -59,7 +60,7 @@ def test_exceptions_pass_and_the_thread_survives_them(thread, error):
 def test_a_hung_call_returns_within_its_deadline(thread):
     event = threading.Event()
     begin_s = time.monotonic()
-    with pytest.raises(GpuTransientError, match=r"^wait did not return from NVML within 0.1 s"):
+    with pytest.raises(GpuTransientError, match=r"^wait .* 0\.1 s"):
         thread.call(event.wait, deadline_s=0.1)
     assert 0.1 <= time.monotonic() - begin_s < 5.0
     event.set()
@@ -69,7 +70,7 @@ def test_while_stuck_calls_fail_at_once_and_say_since_when(thread, hang):
     ran = []
     begin_s = time.monotonic()
     for _ in range(100):
-        with pytest.raises(GpuTransientError, match=r"stuck in read of GPU-0 for \d+\.\d s"):
+        with pytest.raises(GpuTransientError, match=r"read of GPU-0 .*\b\d+\.\d s"):
             thread.call(ran.append, 1, deadline_s=5.0)
     assert time.monotonic() - begin_s < 5.0
     hang.set()
@@ -90,7 +91,7 @@ def test_waiting_for_a_turn_counts_towards_the_deadline_and_never_runs_later(thr
     while thread._running is None:
         time.sleep(0.001)
     begin_s = time.monotonic()
-    with pytest.raises(GpuTransientError, match=r"append did not get its turn .* within 0.1 s"):
+    with pytest.raises(GpuTransientError, match=r"^append .* turn .* 0\.1 s"):
         thread.call(ran.append, 1, deadline_s=0.1)
     assert time.monotonic() - begin_s < 5.0
     event.set()
@@ -140,5 +141,5 @@ def test_a_hung_call_does_not_keep_the_interpreter_from_exiting():
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True
     )
-    assert result.stdout == "sleep did not return from NVML within 0.05 s\n"
+    assert re.fullmatch(r"sleep .* 0\.05 s\n", result.stdout)
     assert result.stderr == ""

@@ -82,7 +82,7 @@ def test_a_hanging_owner_loses_clocks_and_lease_but_not_the_lock(path, directory
         owner.kill(signal.SIGSTOP)
         assert within(hangs_s, lambda: locked_mhz(path) is None)
         assert leases(directory)[0].revoked
-        with pytest.raises(LeaseHeldError, match=f"held by PID {owner.pid} .app#llm replica 1."):
+        with pytest.raises(LeaseHeldError, match=rf"PID {owner.pid} \(app#llm replica 1\)"):
             acquire(directory, path)
         lock_clocks(path)  # the write that it was stopped before
         assert within(hangs_s, lambda: locked_mhz(path) is None), "reset again while it hangs"
@@ -363,7 +363,7 @@ def test_without_a_record_it_resets_by_what_it_knew(path, lease, damage):
 
 def test_a_guard_that_cannot_start_says_why(lease, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(GpuError, match="did not start: it said nothing"):
+    with pytest.raises(GpuError, match="guard did not start"):
         Guard.start([lease])
 
 
@@ -405,12 +405,12 @@ def test_the_nodes_guard_resets_what_dead_ones_left_and_nothing_else(path, direc
         assert node.wait(5) == 0
         assert locked_mhz(living_path) is None, "the last sweep"
         lines = node.stderr.read().splitlines()
-    assert sum(line.startswith("GPU-0: reset what PID") for line in lines) == 2
-    assert (
-        next(line for line in lines if line.startswith("GPU-2"))
-        == "GPU-2: NOT reset: 'clock_calls'"
-    )
-    assert lines[-1].startswith("GPU-1: reset what PID")
+    assert sum(line.startswith("GPU-0: ") for line in lines) == 2
+    first_of_broken = next(line for line in lines if line.startswith("GPU-2: "))
+    assert "NOT reset" in first_of_broken
+    assert "'clock_calls'" in first_of_broken
+    assert lines[-1].startswith("GPU-1: ")
+    assert sum("NOT reset" in line for line in lines) == 1
     assert len(lines) <= 5
 
 
@@ -421,7 +421,7 @@ def test_the_nodes_guard_outlives_a_directory_it_may_not_trust(directory):
         assert node.poll() is None
         node.terminate()
         assert node.wait(5) == 0
-        assert node.stderr.read().count("must be a directory with mode 0700") == 1
+        assert node.stderr.read().count(f"{directory} must be") == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["--node", "--interval-s", "0"], ["--lease-dir", "x"]])

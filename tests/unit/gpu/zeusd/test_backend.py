@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -151,38 +152,42 @@ class TestWrites:
         assert client.discover().enabled_groups == GROUPS
         client.lock_sm_clocks(0, 600, 900)
         zeusd.gpus[0].failing_code = 3
-        with pytest.raises(GpuNotSupportedError, match="not available on the target device"):
+        with pytest.raises(GpuNotSupportedError, match=f": 400: .*{fake_zeusd.NVML_ERRORS[3][1]}"):
             lock(client)
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("code", "error", "words"),
+        ("code", "status", "error"),
         [
-            (2, GpuArgumentError, "400: GPU 0: NVML error: a supplied argument was invalid"),
-            (3, GpuNotSupportedError, "400: GPU 0: .*not available on the target device"),
-            (4, GpuPermissionError, "403: GPU 0: .*CAP_SYS_ADMIN"),
-            (6, GpuTransientError, "500: GPU 0: .*find an object"),
-            (9, GpuNotSupportedError, "500: GPU 0: .*driver is not loaded"),
-            (10, GpuTransientError, "500: GPU 0: .*timeout"),
-            (12, GpuNotSupportedError, "500: GPU 0: .*shared library"),
-            (13, GpuNotSupportedError, "500: GPU 0: .*function couldn't be found"),
-            (15, GpuLostError, "500: GPU 0: .*fallen off the bus"),
-            (16, GpuLostError, "500: GPU 0: .*requires a reset"),
-            (17, GpuNotSupportedError, "500: GPU 0: .*operating system"),
-            (18, GpuNotSupportedError, "500: GPU 0: .*version mismatch.*restart zeusd"),
-            (24, GpuArgumentError, "500: GPU 0: "),
-            (28, GpuUnavailableError, "500: GPU 0: "),
-            (999, GpuTransientError, "500: GPU 0: .*internal driver error"),
+            (2, 400, GpuArgumentError),
+            (3, 400, GpuNotSupportedError),
+            (4, 403, GpuPermissionError),
+            (6, 500, GpuTransientError),
+            (9, 500, GpuNotSupportedError),
+            (10, 500, GpuTransientError),
+            (12, 500, GpuNotSupportedError),
+            (13, 500, GpuNotSupportedError),
+            (15, 500, GpuLostError),
+            (16, 500, GpuLostError),
+            (17, 500, GpuNotSupportedError),
+            (18, 500, GpuNotSupportedError),
+            (24, 500, GpuArgumentError),
+            (28, 500, GpuUnavailableError),
+            (999, 500, GpuTransientError),
         ],
     )
     @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-    def test_nvml_codes(self, zeusd, client, write, code, error, words):
+    def test_nvml_codes(self, zeusd, client, write, code, status, error):
         zeusd.gpus[0].failing_code = code
-        with pytest.raises(error, match=words) as caught:
+        with pytest.raises(error, match=f": {status}: GPU 0: ") as caught:
             write(client)
         assert type(caught.value) is error
-        assert f"zeusd on {client.socket_path}: POST /gpu/" in str(caught.value)
+        message = str(caught.value)
+        assert f"zeusd on {client.socket_path}: POST /gpu/" in message
+        assert fake_zeusd.NVML_ERRORS[code][1] in message, "the daemon's own words"
+        assert ("CAP_SYS_ADMIN" in message) is (error is GpuPermissionError)
+        assert ("restart zeusd" in message) is (code == 18), "the driver was replaced"
 
     @pytest.mark.parametrize(
         ("status", "error"),
@@ -211,7 +216,7 @@ class TestRefusals:
             client.set_power_limit(0, 99)
 
     def test_unknown_gpu(self, client):
-        with pytest.raises(GpuNotSupportedError, match="GPU index 3 does not exist"):
+        with pytest.raises(GpuNotSupportedError, match=r"POST /gpu/.*\b3 "):
             client.reset_sm_clocks(3)
 
     def test_a_query_that_the_daemon_does_not_know(self, client):
@@ -258,9 +263,9 @@ class TestAuthentication:
     @pytest.mark.parametrize(
         ("token", "words"),
         [
-            (None, "401: Authentication required.*token_path"),
-            ("wrong", "401: Invalid token.*token_path"),
-            ("reader", "403: .*lacks required scope 'gpu-control'"),
+            (None, "401: .*token_path"),
+            ("wrong", "401: .*token_path"),
+            ("reader", "403: .*'gpu-control'"),
         ],
     )
     @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
@@ -354,7 +359,7 @@ class TestTokenFile:
 
 class TestNoAnswer:
     def test_no_socket(self, path):
-        with pytest.raises(GpuTransientError, match=rf"answer on {path} .*is it running\?"):
+        with pytest.raises(GpuTransientError, match=f"zeusd .*{path} .*No such file"):
             ZeusdClient(path).discover()
 
     def test_a_killed_daemon_and_its_stale_socket(self, path):
@@ -364,7 +369,7 @@ class TestNoAnswer:
             process.send_signal(signal.SIGKILL)
             process.wait()
             assert os.path.exists(path)
-            with pytest.raises(GpuTransientError, match=r"refused.*is it running"):
+            with pytest.raises(GpuTransientError, match=f"zeusd .*{path} .*refused"):
                 lock(client)
         with zeusd_process(path, "--memory"):
             lock(client)
@@ -398,9 +403,7 @@ class TestNoAnswer:
     def test_a_reply_that_is_not_http(self):
         error = not_answered("GET /discover", "/socket", 2.0, ValueError("not HTTP/1: 'SSH-2.0'"))
         assert type(error) is GpuTransientError
-        assert str(error) == (
-            "zeusd on /socket: GET /discover: no whole reply: not HTTP/1: 'SSH-2.0'"
-        )
+        assert re.fullmatch(r"zeusd on /socket: GET /discover: .*'SSH-2\.0'", str(error))
 
     def test_a_path_too_long_for_a_socket(self):
         with pytest.raises(GpuNotSupportedError, match="107 bytes"):
@@ -478,7 +481,9 @@ class TestWhichGpu:
         assert found == expected
 
     def test_an_address_the_daemon_does_not_have(self, client):
-        with pytest.raises(GpuNotSupportedError, match=r"no GPU at 0000:c1:00\.0, only at 0000:01"):
+        with pytest.raises(
+            GpuNotSupportedError, match=r"0000:c1:00\.0, .*0000:01:00\.0, 0000:41:00\.0"
+        ):
             resolve_index(client, pci_address="0000:C1:00.0", index=0, model="NVIDIA A40", count=3)
 
     @pytest.mark.parametrize("shape", ["current", "no-pci"])
@@ -508,7 +513,7 @@ class TestWhichGpu:
             Device("GPU-b", 1, "NVIDIA L4", "00000001:C1:00.0"),
         ]
         assert ZeusdWriter.for_device(client, "GPU-b", devices).target()["index"] == 2
-        with pytest.raises(GpuUnavailableError, match="GPU-c is not on this node"):
+        with pytest.raises(GpuUnavailableError, match="GPU-c"):
             ZeusdWriter.for_device(client, "GPU-c", devices)
 
     def test_normalised_addresses(self):

@@ -48,7 +48,7 @@ def test_a_field_that_vllm_loses_is_missed(vllm):
     scheduler, iteration = vllm.stats.SchedulerStats(), vllm.stats.IterationStats()
     del iteration.inter_token_latencies_iter
     problem = missing_fields(scheduler, iteration, FINISHED_FIELDS)
-    assert problem == "this vLLM has no IterationStats.inter_token_latencies_iter"
+    assert problem.endswith(" no IterationStats.inter_token_latencies_iter")
 
 
 def test_vllm_finds_the_plugin_only_while_registered(vllm):
@@ -135,7 +135,7 @@ def test_a_logger_that_vllm_gives_up_disconnects(vllm):
     stats.sample(0.0)
     del logger
     gc.collect()
-    with pytest.raises(StaleMetricsError, match="given up its stat logger"):
+    with pytest.raises(StaleMetricsError, match="stat logger"):
         stats.sample(0.0)
 
 
