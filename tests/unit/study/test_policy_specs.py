@@ -4,7 +4,15 @@ import pytest
 
 from agft_ray.errors import ConfigError
 from agft_ray.settings import SloConfig
-from agft_ray.study.policy_specs import SEARCHES, fixed, pair, parse_policy, parse_seeds, policies
+from agft_ray.study.policy_specs import (
+    SEARCHES,
+    fixed,
+    pair,
+    parse_policy,
+    parse_seeds,
+    plan,
+    policies,
+)
 
 
 def test_names_and_settings():
@@ -17,6 +25,14 @@ def test_names_and_settings():
     pair_settings = parse_policy("pair:1500/1230").settings
     assert pair_settings == pair(1500, 1230).settings
     assert (pair_settings.prefill_sm_clock_mhz, pair_settings.decode_sm_clock_mhz) == (1500, 1230)
+
+
+def test_a_pair_may_have_a_clock_while_empty():
+    for text, idle_mhz in (("pair:1500/1230/210", 210), ("pair:1500/1230/default", None)):
+        spec = parse_policy(text)
+        assert spec == plan(1500, 1230, idle_mhz)
+        assert spec.label == text
+    assert parse_policy("pair:1500/1230/default").settings.idle_sm_clock_mhz == "default"
 
 
 def test_every_policy_can_be_named():
@@ -48,6 +64,9 @@ def test_searches_have_no_settings(name):
         ("fixed", "needs sm_clock_mhz"),
         ("pid", "tpot_slo_s: required, and missing; give --slo-tpot S"),
         ("pair:1500", "'1500': must be in whole MHz, as in pair:1500/1230"),
+        ("pair:1500/1230/low", "'1500/1230/low': must be in whole MHz, as in pair:1500/1230"),
+        ("pair:1500/1230/210/5", "must be in whole MHz, as in .* or pair:1500/1230/210"),
+        ("pair:1500/default/210", "must be in whole MHz"),
     ],
 )
 def test_what_is_wrong_is_named(text, words):
