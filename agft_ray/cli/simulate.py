@@ -97,12 +97,15 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--oracle-step-mhz",
         type=int,
-        default=90,
+        default=30,
         metavar="MHZ",
-        help="of oracle_pair's search, default: 90",
+        help="grid of oracle_pair's clocks, default: 30",
     )
     parser.add_argument(
-        "--oracle-objective", choices=["edp", "energy"], default="edp", help="default: edp"
+        "--oracle-objective",
+        choices=["edp", "energy"],
+        default="edp",
+        help="what oracle_pair has the least of within the latency bounds, default: edp",
     )
     parser.add_argument(
         "--sweep-uncertainty",

@@ -58,7 +58,7 @@ class RunRecord:
     sm_clock_mhz: float | None = None
     """Effective SM clock, mean over time and replicas."""
     choice: str | None = None
-    """What a search chose: '1230', or '1500/1230' for a pair of clocks."""
+    """What a search chose: '1230', or '1500/1230/210' for prefill, decode and idle."""
     role: str | None = None
     """Of a replay: which of the server's replicas, 'tuned', 'holdout' or 'all'."""
     keep: float | None = None

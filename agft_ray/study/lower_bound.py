@@ -20,7 +20,7 @@ from agft_ray.simulation.device import Device
 from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.physics import StepWork, prefill_attention_s
 from agft_ray.simulation.virtual_engine import VirtualEngine
-from agft_ray.study.oracle import MAX_INCREASE
+from agft_ray.study.bounds import MAX_INCREASE
 from agft_ray.study.pool import Report
 from agft_ray.study.run import Job, fleet_setup
 from agft_ray.virtual.run import FleetSetup, run_fleet

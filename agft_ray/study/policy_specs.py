@@ -22,7 +22,7 @@ GOVERNOR_CONFIGS = get_args(get_args(GovernorConfig)[0])
 SEARCHES = {
     FRONTIER: "every fixed clock on the grid of --clock-step-mhz",
     BEST_STATIC: "the fixed clock with the lowest EDP, in hindsight",
-    ORACLE_PAIR: "the best constant pair of clocks within the latency bounds, in hindsight",
+    ORACLE_PAIR: "the best clocks of prefill, decode and idle within the bounds, in hindsight",
     LOWER_BOUND: "energy of every step at its best clock, queues ignored",
 }
 
@@ -50,19 +50,15 @@ def fixed(sm_clock_mhz: int) -> PolicySpec:
     return PolicySpec(f"fixed:{sm_clock_mhz}", FixedConfig(sm_clock_mhz=sm_clock_mhz))
 
 
-def pair(prefill_mhz: int, decode_mhz: int) -> PolicySpec:
-    """Two constant clocks, the lowest while empty."""
-    settings = PairConfig(prefill_sm_clock_mhz=prefill_mhz, decode_sm_clock_mhz=decode_mhz)
-    return PolicySpec(f"pair:{prefill_mhz}/{decode_mhz}", settings)
-
-
-def plan(prefill_mhz: int, decode_mhz: int, idle_mhz: int | None) -> PolicySpec:
-    """Constant clocks for prefill, decode and the empty engine, there None for default clocks."""
-    idle: int | Literal["default"] = "default" if idle_mhz is None else idle_mhz
+def pair(
+    prefill_mhz: int, decode_mhz: int, idle: int | Literal["lowest", "default"] = "lowest"
+) -> PolicySpec:
+    """Constant clocks for prefill and decode, and one while empty."""
     settings = PairConfig(
         prefill_sm_clock_mhz=prefill_mhz, decode_sm_clock_mhz=decode_mhz, idle_sm_clock_mhz=idle
     )
-    return PolicySpec(f"pair:{prefill_mhz}/{decode_mhz}/{idle}", settings)
+    ending = "" if idle == "lowest" else f"/{idle}"
+    return PolicySpec(f"pair:{prefill_mhz}/{decode_mhz}{ending}", settings)
 
 
 def parse_policy(text: str, slo: SloConfig | None = None) -> PolicySpec:

@@ -4,15 +4,7 @@ import pytest
 
 from agft_ray.errors import ConfigError
 from agft_ray.settings import SloConfig
-from agft_ray.study.policy_specs import (
-    SEARCHES,
-    fixed,
-    pair,
-    parse_policy,
-    parse_seeds,
-    plan,
-    policies,
-)
+from agft_ray.study.policy_specs import SEARCHES, fixed, pair, parse_policy, parse_seeds, policies
 
 
 def test_names_and_settings():
@@ -28,9 +20,9 @@ def test_names_and_settings():
 
 
 def test_a_pair_may_have_a_clock_while_empty():
-    for text, idle_mhz in (("pair:1500/1230/210", 210), ("pair:1500/1230/default", None)):
+    for text, idle in (("pair:1500/1230/210", 210), ("pair:1500/1230/default", "default")):
         spec = parse_policy(text)
-        assert spec == plan(1500, 1230, idle_mhz)
+        assert spec == pair(1500, 1230, idle)
         assert spec.label == text
     assert parse_policy("pair:1500/1230/default").settings.idle_sm_clock_mhz == "default"
 
