@@ -34,7 +34,7 @@ DESCRIPTION = """Run policies over a workload in virtual time, with the same loo
 engine core as under Ray, and compare them with default clocks, which always run."""
 EPILOG = """policies: default, agft, agft_reference, rules, activity, pid, predictive, fixed:MHZ,
 volta, pair:PREFILL/DECODE/IDLE; settings as in agft:alpha=2,seed=3. In hindsight: frontier (every
-fixed clock), best_static, oracle_pair, lower_bound. Figures and files: docs/evaluation.md."""
+fixed clock), best_static, oracle_pair, best_steps. Figures and files: docs/evaluation.md."""
 
 
 def add_command(commands: Commands, *, ray_pool: MakeRayPool) -> None:

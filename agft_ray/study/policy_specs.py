@@ -14,7 +14,7 @@ from agft_ray.policy.baselines.fixed import FixedConfig
 from agft_ray.policy.baselines.pair import PairConfig
 from agft_ray.policy.imported import ImportedConfig, entry_points
 from agft_ray.policy.registry import BuiltinConfig, GovernorConfig
-from agft_ray.results.labels import BEST_STATIC, FRONTIER, LOWER_BOUND, ORACLE_PAIR
+from agft_ray.results.labels import BEST_STATIC, BEST_STEPS, FRONTIER, ORACLE_PAIR
 from agft_ray.settings import SloConfig
 
 GOVERNOR_CONFIGS = get_args(get_args(GovernorConfig)[0])
@@ -23,7 +23,7 @@ SEARCHES = {
     FRONTIER: "every fixed clock on the grid of --clock-step-mhz",
     BEST_STATIC: "the fixed clock with the lowest EDP, in hindsight",
     ORACLE_PAIR: "the best clocks of prefill, decode and idle within the bounds, in hindsight",
-    LOWER_BOUND: "energy of every step at its best clock, queues ignored",
+    BEST_STEPS: "the steps of default clocks, each at its best clock; queues ignored",
 }
 
 SHORT_FORMS = {

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from agft_ray.errors import AgftError
 from agft_ray.results.comparison import with_regret
-from agft_ray.results.labels import BEST_STATIC, DEFAULT, FRONTIER, LOWER_BOUND, ORACLE_PAIR
+from agft_ray.results.labels import BEST_STATIC, BEST_STEPS, DEFAULT, FRONTIER, ORACLE_PAIR
 from agft_ray.results.record import RunRecord
-from agft_ray.study.lower_bound import perform_lower_bound
+from agft_ray.study.best_steps import perform_best_steps
 from agft_ray.study.oracle import Axes, Oracle, OracleObjective
 from agft_ray.study.policy_specs import SEARCHES, PolicySpec, parse_policy
 from agft_ray.study.pool import OnProgress, Pool, Report
@@ -60,7 +60,7 @@ class Study:
             self._named(pool, on_phase, default)
             self._fixed(pool, on_phase, default)
             self._oracle(pool, on_phase, default)
-            self._lower_bound(pool, on_phase, default)
+            self._best_steps(pool, on_phase, default)
         finally:
             self.records = self._ordered(with_regret(self.records))
         return self.records
@@ -136,11 +136,11 @@ class Study:
         if not found:
             self.notes.append("oracle_pair: no plan of clocks keeps the bounds.")
 
-    def _lower_bound(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
-        if self._wants(LOWER_BOUND):
+    def _best_steps(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
+        if self._wants(BEST_STEPS):
             jobs = [replace(self._template(s), default=default[s]) for s in self.seeds]
-            on_progress = on_phase("lower bound", len(jobs))
-            self.records += _all(pool, perform_lower_bound, jobs, on_progress)
+            on_progress = on_phase(BEST_STEPS, len(jobs))
+            self.records += _all(pool, perform_best_steps, jobs, on_progress)
 
     def _template(self, seed: int) -> Job:
         return Job(self.scenario, parse_policy(DEFAULT), seed)

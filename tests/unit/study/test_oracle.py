@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,6 @@ from agft_ray.settings import SloConfig
 from agft_ray.simulation.physics import StepWork
 from agft_ray.simulation.profiles import load_gpu_profile
 from agft_ray.study.bounds import Bound, Bounds, BoundsWatch, allowed
-from agft_ray.study.lower_bound import least_energy
 from agft_ray.study.oracle import Axes, Oracle, distinct
 from agft_ray.study.policy_specs import pair, parse_policy
 from agft_ray.study.pool import one_by_one
@@ -295,61 +293,3 @@ def test_no_neighbour_on_the_grid_of_30_mhz_is_better():
     for a, b, c in itertools.product((-30, 0, 30), (-30, 0, 30), idles):
         run = perform(Job(SHORT, pair(prefill + a, decode + b, c), 0), silent).record
         assert run.energy_j >= oracle.energy_j or (changes(run, default) > 1.1).any()
-
-
-# -- the lower bound -------------------------------------------------------------------------------
-
-ENERGY = np.array([[10.0, 6.0], [8.0, 7.0]])
-TIME = np.array([[1.0, 2.0], [1.0, 1.5]])
-
-
-def test_without_pressure_each_step_takes_its_cheapest_clock():
-    bound = least_energy(ENERGY, TIME, delay_s=2.0, idle_w=0.0, total_s=5.0, max_increase=1.0)
-    assert (bound.energy_j, bound.multiplier_w) == (13.0, 0.0)
-    assert bound.delay_increase == pytest.approx(0.75)
-
-
-def test_the_multiplier_sells_delay_where_it_is_cheapest():
-    # 4 J for the first second, 2 J for a second of the other: the limit of 2.6 s allows only the
-    # half second of the second kind; its price is 2 W, the other's 4 W.
-    bound = least_energy(ENERGY, TIME, delay_s=2.0, idle_w=0.0, total_s=5.0, max_increase=0.3)
-    assert bound.multiplier_w > 2.0
-    assert bound.energy_j in (17.0, 18.0)
-    assert bound.delay_increase <= 0.3
-    tight = least_energy(ENERGY, TIME, delay_s=2.0, idle_w=0.0, total_s=5.0, max_increase=0.0)
-    assert (tight.energy_j, tight.delay_increase) == (18.0, 0.0)
-
-
-def test_idle_power_is_paid_all_the_time_and_not_twice():
-    bound = least_energy(ENERGY, TIME, delay_s=2.0, idle_w=1.0, total_s=5.0, max_increase=0.0)
-    # busy 2 s at the first clock: 18 J; idle for the other 3 s at 1 W
-    assert bound.energy_j == pytest.approx(21.0)
-
-
-def test_the_multiplier_is_never_beaten_by_any_other_choice_of_the_same_delay():
-    rng = np.random.default_rng(0)
-    energy, time = rng.uniform(1, 10, (6, 3)), rng.uniform(1, 3, (6, 3))
-    bound = least_energy(
-        energy, time, delay_s=float(time[:, 0].sum()), idle_w=0.5, total_s=50.0, max_increase=0.1
-    )
-    spent_s = (1.0 + bound.delay_increase) * time[:, 0].sum()
-    rows = np.arange(6)
-    cheapest = min(
-        (energy[rows, list(choice)] - 0.5 * time[rows, list(choice)]).sum() + 25.0
-        for choice in itertools.product(range(3), repeat=6)
-        if time[rows, list(choice)].sum() <= spent_s + 1e-9
-    )
-    assert bound.energy_j == pytest.approx(cheapest)
-
-
-def test_the_bound_lies_below_the_oracle_and_above_an_idle_gpu():
-    study = Study(
-        SHORT, [parse_policy("oracle_pair"), parse_policy("lower_bound")], [0], oracle_step_mhz=315
-    )
-    default, oracle, bound = study.run(one_by_one, no_phase)
-    assert bound.policy == "lower_bound"
-    assert bound.energy_j < oracle.energy_j < default.energy_j
-    assert bound.energy_j > 40.0 * default.duration_s
-    assert bound.edp_j_s is None
-    assert bound.e2e_s.mean is None
-    assert not math.isnan(bound.mean_power_w)
