@@ -268,6 +268,29 @@ def test_processes_report_and_return():
     assert set(seen) == {0, 1, 2}
 
 
+def no_progress(number, at):
+    pass
+
+
+def own_pid(job, report):
+    return os.getpid()
+
+
+def test_processes_stay_for_the_next_call_and_for_more_jobs():
+    pool = Processes(1)
+    first, second = (dict(pool(own_pid, [0], no_progress))[0] for _ in range(2))
+    assert first == second != os.getpid()
+    assert len(dict(pool(twice, [1.0] * 300, no_progress))) == 300
+
+
+def test_after_leaving_early_the_pool_starts_anew():
+    pool = Processes(2)
+    for number, result in pool(twice, [1.0, 2.0, 3.0], no_progress):
+        assert result == 2.0 * (number + 1)
+        break
+    assert dict(pool(twice, [4.0], no_progress)) == {0: 8.0}
+
+
 def test_leaving_early_stops_the_jobs():
     def stop(number, at):
         if at:
