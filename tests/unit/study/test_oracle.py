@@ -228,6 +228,16 @@ def test_clocks_that_the_power_cap_makes_equal_are_one():
     assert distinct(clocks, A6000, "llama-3.1-8b", StepWork(0, 1, 1))[:4] == clocks[:4]
 
 
+def test_the_axes_end_at_the_cap_and_the_lowest_clock_is_always_there_while_empty():
+    axes = Axes.of(A6000, "llama-3.1-8b", 900)
+    assert axes.idle == (210, 300, 1200, 2100)
+    assert axes.prefill == (300, 1200, 2100)
+    assert Axes.of(A6000, "llama-3.1-8b", 30).prefill[-1] == 1590
+    assert axes.spec((1, 0, 0)).label == "pair:1200/300/210"
+    assert axes.spec((1, 0, 4)).label == "pair:1200/300/default"
+    assert axes.sizes[2] == 5
+
+
 def test_the_clock_that_is_kept_of_equal_ones_is_the_best_of_them():
     """Equal but for the delay of a change: a first decode step still has the clock of prefill."""
     high, kept, lower = (
