@@ -39,9 +39,9 @@ EPILOG = (
     "`agft-ray policies NAME` lists its settings. Figures and files: docs/evaluation.md."
 )
 POLICY_HELP = (
-    "repeatable, default: agft. One of: %(choices)s. A clock as in fixed:1230, a pair as in "
-    "pair:1500/1230 (prefill/decode), settings as in agft:alpha=2,seed=3, a policy of your own as "
-    "in my_pkg.mod:MyPolicy:key=value"
+    "repeatable, default: agft. One of: %(choices)s. A clock as in fixed:1230, three as in "
+    "pair:1500/1230/210 (prefill/decode/idle), settings as in agft:alpha=2,seed=3, a policy of "
+    "your own as in my_pkg.mod:MyPolicy:key=value"
 )
 
 
@@ -143,12 +143,15 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--oracle-step-mhz",
         type=int,
-        default=90,
+        default=30,
         metavar="MHZ",
-        help="of oracle_pair's search, default: 90",
+        help="grid of oracle_pair's clocks, default: 30",
     )
     parser.add_argument(
-        "--oracle-objective", choices=["edp", "energy"], default="edp", help="default: edp"
+        "--oracle-objective",
+        choices=["edp", "energy"],
+        default="edp",
+        help="what oracle_pair has the least of within the latency bounds, default: edp",
     )
     parser.add_argument(
         "--sweep-uncertainty",
@@ -228,7 +231,7 @@ def _refuse_clocks(spec: PolicySpec, arms: Sequence[int]) -> None:
 def _simulate(arguments: argparse.Namespace) -> int:
     from agft_ray.study.console import print_study, wide_console
     from agft_ray.study.policy_specs import parse_seeds
-    from agft_ray.study.pool import local_pool
+    from agft_ray.study.pool import local_pool, process_count
     from agft_ray.study.study import Study
 
     if arguments.jobs is not None and arguments.jobs < 1:
@@ -242,6 +245,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         clock_step_mhz=arguments.clock_step_mhz,
         oracle_step_mhz=arguments.oracle_step_mhz,
         oracle_objective=arguments.oracle_objective,
+        processes=1 if arguments.ray else process_count(arguments.jobs),
     )
     _check_trace(scenario, study.seeds[0])
     pool = arguments.ray_pool() if arguments.ray else local_pool(arguments.jobs)

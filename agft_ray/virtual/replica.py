@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from agft_ray.clock import ManualClock
 from agft_ray.gpu.simulated import InMemoryGpu
+from agft_ray.policy.registry import build_policy
+from agft_ray.policy.static import StaticPolicy
 from agft_ray.policy.step import StepGovernor
 from agft_ray.settings import TunerConfig
 from agft_ray.simulation.device import Device
@@ -19,13 +21,18 @@ from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.physics import prefill_attention_s
 from agft_ray.simulation.profiles import GpuProfile
 from agft_ray.simulation.virtual_engine import VirtualEngine
+from agft_ray.simulation.work_done import WorkDone
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
-from agft_ray.tuner import Tuner, WindowRecord
+from agft_ray.tuner import READINGS_PER_WINDOW, Tuner, WindowRecord
 from agft_ray.types import Arm, EngineSample
+from agft_ray.virtual.best_clocks import BestClocks
 from agft_ray.virtual.governed import GovernedSteps
 from agft_ray.virtual.routers import RouterName
 from agft_ray.workloads.requests import Request, RequestTimings
+
+INBOX_SAMPLES = 4 * READINGS_PER_WINDOW
+"""Engine statistics kept for a tuner: more than a window's, one for each time it wakes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,14 @@ class GridWindow:
     """At the end."""
     arm: Arm
     """What was locked at the end."""
+    best_energy_j: float
+    """Expected at the best clocks for the same work; see `BestClocks`."""
+    regret_j: float
+    """Energy beyond that; what was saved by exceeding a bound is not subtracted."""
+    busy_s: float
+    """How long steps ran."""
+    over_bound: int
+    """1 if steps with prefill, or the others, took longer than they may, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +120,9 @@ class Listeners:
     """A tuner has finished a control step."""
 
 
+LISTENERS = tuple(field.name for field in fields(Listeners))
+
+
 @dataclass(frozen=True, slots=True)
 class _GridPoint:
     """The cumulative figures at a point of the grid."""
@@ -112,6 +130,16 @@ class _GridPoint:
     engine: EngineSample
     energy_j: float
     sm_clock_mhz_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaTotals:
+    """What came of one replica."""
+
+    energy_j: float
+    clock_changes: int
+    engine: EngineSample
+    """Its engine's statistics at the end, counted from the start."""
 
 
 class VirtualReplica:
@@ -128,12 +156,14 @@ class VirtualReplica:
         """Requests submitted and not yet answered."""
         self.clock = ManualClock()
         self._setup, self._listeners = setup, listeners
-        self._device = Device(setup.gpu, model, seed=setup.stream(index))
+        self._done = WorkDone()
+        self._device = Device(setup.gpu, model, seed=setup.stream(index), done=self._done)
+        self._best = BestClocks(setup.gpu, model, setup.tuner.slo)
         core = BatchingEngine(
             setup.engine.for_model(model), functools.partial(prefill_attention_s, model)
         )
         self._gpu = InMemoryGpu(self._device, self.clock, uuid=f"GPU-simulated-{index}")
-        self._inbox = EngineInbox()
+        self._inbox = EngineInbox(INBOX_SAMPLES)
         self._governed: GovernedSteps | None = None
         self.tuner: Tuner | None = None
         self._wake_s = math.inf
@@ -154,8 +184,15 @@ class VirtualReplica:
             self._governed.on_empty(0.0)
 
     def _new_tuner(self) -> Tuner:
+        config = _reseeded(self._setup.tuner, self._setup.stream(self.index))
+        policy = build_policy(config.policy)
+        # Each reading cuts a series of decode steps. A policy that learns nothing needs none
+        # within the window: they place its energy, and average its clock and queue.
+        readings = 1 if isinstance(policy, StaticPolicy) else READINGS_PER_WINDOW
         return Tuner(
-            _reseeded(self._setup.tuner, self._setup.stream(self.index)),
+            config,
+            policy=policy,
+            readings_per_window=readings,
             gpu=self._gpu,
             engine=self._inbox,
             serve=ServeMetrics(max_age_s=0.0),
@@ -184,6 +221,10 @@ class VirtualReplica:
     def sample(self) -> EngineSample:
         """The engine's statistics now."""
         return self._engine.sample(self.clock.now_s())
+
+    def totals(self) -> ReplicaTotals:
+        """What has come of it so far."""
+        return ReplicaTotals(self.energy_j, self.clock_changes, self.sample())
 
     def submit(self, request: Request) -> None:
         """Hand over a request that arrives now, and wake a tuner that waits for work, as under Ray.
@@ -229,13 +270,17 @@ class VirtualReplica:
     def _close_window(self) -> None:
         start, end = self._grid_start, self._grid_point()
         before, after = start.engine, end.engine
+        energy_j, duration_s = end.energy_j - start.energy_j, after.t_s - before.t_s
+        regret = self._best.regret(self._done, duration_s, energy_j)
+        busy_s = self._done.busy_s
+        self._done.clear()
         window = GridWindow(
             replica=self.index,
             index=self._grid_index,
             start_s=before.t_s,
             end_s=after.t_s,
-            energy_j=end.energy_j - start.energy_j,
-            sm_clock_mhz=(end.sm_clock_mhz_s - start.sm_clock_mhz_s) / (after.t_s - before.t_s),
+            energy_j=energy_j,
+            sm_clock_mhz=(end.sm_clock_mhz_s - start.sm_clock_mhz_s) / duration_s,
             itl_sum_s=after.itl_sum_s - before.itl_sum_s,
             itl_count=after.itl_count - before.itl_count,
             ttft_sum_s=after.ttft_sum_s - before.ttft_sum_s,
@@ -245,6 +290,10 @@ class VirtualReplica:
             running=after.running,
             waiting=after.waiting,
             arm=self._device.locked,
+            best_energy_j=regret.best_energy_j,
+            regret_j=regret.regret_j,
+            busy_s=busy_s,
+            over_bound=int(regret.is_over_bound),
         )
         self._grid_start = end
         self._grid_index += 1
