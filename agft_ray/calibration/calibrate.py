@@ -64,7 +64,7 @@ def calibrate(
     Raises `ConfigError` if the base does not know the model, a clock is outside its range, or there
     is too little to fit; `AgftError` without scipy.
     """
-    _check_clocks(measurements, base)
+    check_clocks(measurements, base)
     part = base.model_profile(model)
     cap_w = CAPPED_SHARE * base.power.cap_w
     rows = [r for r in measurements if observed_clocks or (r.power_w or 0.0) < cap_w]
@@ -100,11 +100,12 @@ def _too_few(usable: int, lines: int) -> ConfigError:
     )
 
 
-def _check_clocks(rows: Sequence[Measurement], base: GpuProfile) -> None:
+def check_clocks(rows: Sequence[Measurement], base: GpuProfile) -> None:
+    """Raise `ConfigError` with every line whose clock the base cannot run at."""
     low, high = base.min_sm_clock_mhz, base.max_sm_clock_mhz
     problems = [
         f"line {row.line}: sm_clock_mhz: {row.sm_clock_mhz:g} is outside {low}..{high} MHz, the "
-        f"range of the base profile {base.name}; choose another, or change it in a copy"
+        f"range of {base.name}; say the card's own in a --card file"
         for row in rows
         if not low <= row.sm_clock_mhz <= high
     ]
@@ -112,7 +113,8 @@ def _check_clocks(rows: Sequence[Measurement], base: GpuProfile) -> None:
         raise ConfigError("measurements", problems)
 
 
-def _work(row: Measurement, model: ModelProfile) -> StepWork:
+def step_work(row: Measurement, model: ModelProfile) -> StepWork:
+    """The step that a line was measured of."""
     tokens = row.prefill_tokens
     if row.phase == "prefill" and not tokens:
         return StepWork(prefill_tokens=1)  # only its power was measured, and depends on no more
@@ -121,7 +123,7 @@ def _work(row: Measurement, model: ModelProfile) -> StepWork:
 
 
 def _fit_step_time(rows: Sequence[Measurement], base: ModelProfile) -> tuple[Fit, ModelProfile]:
-    points = [(_work(row, base), row.sm_clock_mhz) for row in rows]
+    points = [(step_work(row, base), row.sm_clock_mhz) for row in rows]
 
     def predict(model: ModelProfile) -> Array:
         return np.array([step_time_s(model, work, clock) * 1e3 for work, clock in points])
@@ -139,7 +141,7 @@ def _fit_step_time(rows: Sequence[Measurement], base: ModelProfile) -> tuple[Fit
 def _fit_power(
     rows: Sequence[Measurement], base: GpuProfile, model: ModelProfile
 ) -> tuple[Fit, PowerProfile]:
-    points = [(row.phase == "idle", _work(row, model), row.sm_clock_mhz) for row in rows]
+    points = [(row.phase == "idle", step_work(row, model), row.sm_clock_mhz) for row in rows]
 
     def predict(power: PowerProfile) -> Array:
         gpu = base.model_copy(update={"power": power})

@@ -13,6 +13,7 @@ from agft_ray.calibration.fitting import Array, FittedNumber, replaced, value_at
 from agft_ray.calibration.load_check import (
     REQUESTS,
     SEEDS,
+    SEEDS_A_LINE,
     LoadCheck,
     check_load_table,
     check_rows,
@@ -63,10 +64,16 @@ class LoadTest:
     arrivals: Arrivals = "poisson"
     requests: int = REQUESTS
 
-    def check(self, gpu: GpuProfile, model: str) -> LoadCheck:
-        """All lines on this profile."""
+    def check(self, gpu: GpuProfile, model: str, *, other_arrivals: bool = False) -> LoadCheck:
+        """All lines on this profile; or with arrivals that no fit has seen, each line its own."""
         return check_load_table(
-            self.rows, gpu, model, arrivals=self.arrivals, requests=self.requests
+            self.rows,
+            gpu,
+            model,
+            arrivals=self.arrivals,
+            requests=self.requests,
+            seeds=[seed + 50 for seed in SEEDS] if other_arrivals else SEEDS,
+            same_arrivals=not other_arrivals,
         )
 
 
@@ -110,8 +117,8 @@ def calibrate_load(
         base=base.name,
         fitted=fitted,
         kept={paths[path]: reason for path, reason in solution.kept.items()},
-        before=test.check(base, model),
-        after=test.check(profile, model),
+        before=test.check(base, model, other_arrivals=True),
+        after=test.check(profile, model, other_arrivals=True),
     )
 
 
@@ -136,7 +143,9 @@ def _solver(
         gpu = base.model_copy(update={"power": tried.power, "models": {model: tried.model}})
         seeds = SEEDS[:1] if quick else SEEDS
         means = [
-            np.mean([_run(test, row, gpu, model, 100 * i + seed) for seed in seeds], axis=0)
+            np.mean(
+                [_run(test, row, gpu, model, SEEDS_A_LINE * i + seed) for seed in seeds], axis=0
+            )
             for i, row in enumerate(test.rows)
         ]
         logarithms: Array = np.log(np.concatenate(means))
