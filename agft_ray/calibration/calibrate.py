@@ -29,6 +29,9 @@ from agft_ray.simulation.profiles import (
 CAPPED_SHARE = 0.985
 """A GPU at this share of its power cap may run below the clock it was set to."""
 
+LONG_PROMPT = 2048
+"""Tokens of a step with prefill where they are not said: it computes rather than reads."""
+
 _KNEE = "knee_sm_clock_mhz"
 
 
@@ -117,7 +120,7 @@ def step_work(row: Measurement, model: ModelProfile) -> StepWork:
     """The step that a line was measured of."""
     tokens = row.prefill_tokens
     if row.phase == "prefill" and not tokens:
-        return StepWork(prefill_tokens=1)  # only its power was measured, and depends on no more
+        tokens = LONG_PROMPT  # only its power was measured
     attention_s = prefill_attention_s(model, tokens, 0) if tokens else 0.0
     return StepWork(tokens, row.batch, row.context_tokens, attention_s)
 
@@ -143,11 +146,15 @@ def _fit_power(
 ) -> tuple[Fit, PowerProfile]:
     points = [(row.phase == "idle", step_work(row, model), row.sm_clock_mhz) for row in rows]
 
+    spinning = model.spinning_activity
+
     def predict(power: PowerProfile) -> Array:
         gpu = base.model_copy(update={"power": power})
         return np.array(
             [
-                idle_power_w(power, clock) if idle else busy_power_w(gpu, model, work, clock)
+                idle_power_w(power, clock, spinning)
+                if idle
+                else busy_power_w(gpu, model, work, clock)
                 for idle, work, clock in points
             ]
         )

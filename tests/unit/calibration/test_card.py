@@ -18,6 +18,7 @@ RTX_4090 = Card(
     sm_clock_step_mhz=15,
     host_ms=1.0,
 )
+KEEP_BUT_HOST = ["product", "clocks", "cap_w", "kv_blocks"]
 GEMMA = ModelFacts(layers=42, weights_bytes=18_480_000_000, kv_bytes_per_token=344_064)
 
 
@@ -44,9 +45,6 @@ def test_nothing_of_the_base_card_is_inherited_silently():
     ]
     own = own_base(PRO_6000, LLAMA, Card(), KEEP_BUT_HOST, measures_host=True)
     assert own.profile.models[LLAMA] == PRO_6000.models[LLAMA]
-
-
-KEEP_BUT_HOST = ["product", "clocks", "cap_w", "kv_blocks"]
 
 
 def test_a_stated_card():
