@@ -37,10 +37,20 @@ CONDUCT = (
     ("J/token", "energy_per_output_token_j"),
     ("SLO kept %", "slo_attainment"),
     ("changes", "clock_changes"),
-    ("converged", "windows_to_converge"),
+    ("regret %", "energy_regret"),
+    ("low after", "windows_to_low_regret"),
     ("worst x", "worst_exploration_tpot_ratio"),
-    ("regret %", "regret"),
+    ("over %", "windows_over_bound"),
+    ("vs oracle %", "regret"),
 )
+NOTES = {
+    "energy_regret": "regret: energy beyond the best clocks'",
+    "windows_to_low_regret": "low after: windows until that stays below 2 %",
+    "worst_exploration_tpot_ratio": "worst: TPOT of a window before, by default clocks'",
+    "windows_over_bound": "over: windows over a latency bound",
+    "regret": "vs oracle: EDP beyond that of oracle_pair",
+}
+"""Of columns that need one."""
 DETAIL_COLUMNS = 3
 PLAIN_WIDTH = 100
 LABEL_WIDTH = 20
@@ -92,10 +102,9 @@ def _changes(found: Sequence[PolicyStanding], records: Sequence[RunRecord]) -> T
 
 
 def _conduct(found: Sequence[PolicyStanding]) -> Table:
-    table = _table(
-        found, None, "converged: windows; worst: TPOT of a window before, by default clocks'"
-    )
     shown = [(label, name) for label, name in CONDUCT if any(name in s.values for s in found)]
+    notes = [NOTES[name] for _, name in shown if name in NOTES]
+    table = _table(found, None, "; ".join(notes) or None)
     for label, _ in shown:
         table.add_column(label, justify="right", no_wrap=True)
     for standing in found:
