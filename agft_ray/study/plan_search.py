@@ -16,7 +16,7 @@ Point = tuple[int, int, int]
 Score = Callable[[Sequence[Point]], Sequence[float]]
 """The less, the better; infinite for what breaks a bound."""
 IDLE_SCAN = 16
-"""About so many idle clocks are tried where the lowest is not the best."""
+"""At most about so many lower idle clocks are tried at once."""
 
 
 def search(score: Score, sizes: Point) -> Point | None:
@@ -78,7 +78,7 @@ class _Search:
         prefill, decode, _ = self._top
         self._ask([(prefill, decode, 0), (prefill, decode, self._governor)])
         if self._is_broken((prefill, decode, 0)):
-            self._ask(self._idle_scan((prefill, decode, 0)))
+            self._ask(self._idle_scan((prefill, decode, self._governor)))
         if self._is_broken(self._best()):
             return None
         # A quarter of the longest axis, as a power of two.
@@ -120,6 +120,7 @@ class _Search:
         found = [
             (self._clipped(0, centre[0] + a), self._clipped(1, centre[1] + b), c)
             for a, b, c in product(steps, steps, sorted(idles))
+            if distance == 1 or c != self._governor or c == idle or a == b == 0
         ]
         return found if distance == 1 else [p for p in found if not self._is_hopeless(p)]
 
@@ -140,8 +141,7 @@ class _Search:
 
     def _slide(self, centre: Point, distance: int) -> None:
         """Along the border of the bounds: a step of one clock for as many of another as it buys."""
-        if centre[2]:
-            self._ask(self._idle_scan(centre))
+        self._ask(self._idle_scan(centre))
         axes = range(2 if centre[2] == self._governor else 3)
         lines = [
             _Line(place, axis, 0, self._top[axis])
@@ -166,6 +166,6 @@ class _Search:
         return False if any(self._is_below(other, point) for other in known) else None
 
     def _idle_scan(self, centre: Point) -> list[Point]:
-        """Evenly over the idle axis: the p99 of TTFT is no steady function of the idle clock."""
+        """Lower idle clocks, evenly: they cost less, and a p99 may allow them by chance."""
         stride = max(1, self._governor // IDLE_SCAN)
-        return [(*centre[:2], idle) for idle in range(0, self._governor, stride)]
+        return [(*centre[:2], idle) for idle in range(0, centre[2], stride)]
