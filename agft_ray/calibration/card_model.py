@@ -26,7 +26,8 @@ def with_model(
     """The base with this one model, and a comment for each number that is not the base's.
 
     A model that the base lacks begins at the times of its nearest one: reading weights and
-    computing go with the weights on each GPU, attention with the KV bytes of a layer.
+    computing go with the weights on each GPU, attention with the KV bytes of a layer; of the same
+    model on more or fewer GPUs, prefill attention and what all-reduces send do, too.
 
     Raises `ConfigError` for a model of which nothing is known, or whose facts are not the base's.
     """
@@ -61,7 +62,7 @@ def with_model(
     return parse_gpu_profile(profile, f"{base.name} with {model}"), notes
 
 
-_SCALED = ("weights_ms", "token_ms", "head_ms", "all_reduce_token_ms")
+_SCALED = ("weights_ms", "token_ms", "head_ms", "all_reduce_ms", "all_reduce_token_ms")
 
 
 def _check_same(base: GpuProfile, model: str, facts: ModelFacts) -> None:
@@ -99,18 +100,25 @@ def _scaled(like: ModelProfile, facts: ModelFacts) -> dict[str, Any]:
     mine, others = (
         model.kv_bytes_per_token / model.layers / model.tensor_parallel for model in (facts, like)
     )
+    same = (facts.layers, facts.kv_bytes_per_token) == (like.layers, like.kv_bytes_per_token)
+    # The KV bytes say how many KV heads a GPU has; how many others only where it is one model.
+    sharded = ("context_us", "prefill_pair_us", "prefill_token_us") if same else ("context_us",)
     values["attention"] = {
-        name: _rounded(value * mine / others) if name.endswith("context_us") else value
+        name: _rounded(value * mine / others) if name.endswith(sharded) else value
         for name, value in values["attention"].items()
     }
     if facts.tensor_parallel == 1:
-        values |= {"all_reduce_ms": 0.0, "all_reduce_token_ms": 0.0, "spinning_activity": 0.0}
-    else:
-        layers = facts.layers / like.layers
-        values["all_reduce_ms"] = _rounded(values["all_reduce_ms"] * layers)
-        values["all_reduce_token_ms"] = _rounded(values["all_reduce_token_ms"] * layers)
-    # What it takes of the memory is stated with the card, or kept by name.
+        return values | {"all_reduce_ms": 0.0, "all_reduce_token_ms": 0.0, "spinning_activity": 0.0}
+    layers = facts.layers / like.layers
+    values["all_reduce_ms"] = _rounded(values["all_reduce_ms"] * layers)
+    sent = _sent(facts.tensor_parallel) / (_sent(like.tensor_parallel) or 1.0)
+    values["all_reduce_token_ms"] = _rounded(values["all_reduce_token_ms"] * layers * sent)
     return values
+
+
+def _sent(tensor_parallel: int) -> float:
+    """What each GPU sends in an all-reduce, in activations of a token."""
+    return 2.0 * (tensor_parallel - 1) / tensor_parallel
 
 
 def _rounded(value: float) -> float:

@@ -143,6 +143,10 @@ def test_a_group_begins_as_the_bases_group_and_one_gpu_has_no_all_reduces():
     assert group.models["qwen-72b-tp8"].weights_ms == pytest.approx(
         14.15 * 145 / 141.1 / 2, rel=0.01
     )
+    # 80 layers and KV bytes as Llama's: the same model on twice the GPUs.
+    like, eight = H100.models["llama-3.1-70b-tp4"], group.models["qwen-72b-tp8"]
+    assert eight.attention.prefill_pair_us == pytest.approx(like.attention.prefill_pair_us / 2)
+    assert eight.all_reduce_token_ms == pytest.approx(like.all_reduce_token_ms * 7 / 6, rel=1e-3)
     alone = Card(memory_mib=81559, model=GEMMA)
     one = own_base(H100, "gemma", alone, ["all"], measures_host=True).profile.models["gemma"]
     assert (one.all_reduce_ms, one.spinning_activity) == (0.0, 0.0)
