@@ -15,7 +15,7 @@ from agft_ray.calibration.card_model import ModelFacts, with_model
 from agft_ray.config import Count, NonNegative, Positive, Share, StrictModel, load_yaml, parse
 from agft_ray.errors import ConfigError
 from agft_ray.simulation.engine_config import PROFILE_BLOCK_TOKENS
-from agft_ray.simulation.profiles import GpuProfile, parse_gpu_profile
+from agft_ray.simulation.profiles import GpuProfile, ModelProfile, parse_gpu_profile
 
 IDENTITY = ("product", "clocks", "cap_w", "kv_blocks", "host_ms")
 """What is the base card's own, or its machine's: stated, derived or kept, never inherited."""
@@ -88,7 +88,7 @@ def own_base(
     stated = {name for name, is_stated in _stated(card).items() if is_stated}
     kept = set(IDENTITY) - stated if "all" in keep else set(keep)
     profile, notes = with_model(base, model, card.model)
-    problems = list(_missing(card, kept, base, measures_host=measures_host))
+    problems = list(_missing(card, kept, base, profile.models[model], measures_host=measures_host))
     problems += _half_stated(card)
     if "kv_blocks" in kept and model not in base.models:
         problems.append(
@@ -131,13 +131,15 @@ def _stated(card: Card) -> dict[str, bool]:
     }
 
 
-def _missing(card: Card, kept: set[str], base: GpuProfile, *, measures_host: bool) -> Iterator[str]:
+def _missing(
+    card: Card, kept: set[str], base: GpuProfile, model: ModelProfile, *, measures_host: bool
+) -> Iterator[str]:
     inherited = {
         "product": base.product,
         "clocks": f"{base.min_sm_clock_mhz}..{base.max_sm_clock_mhz} MHz",
         "cap_w": f"{base.power.cap_w:g}",
-        "kv_blocks": "of its memory",
-        "host_ms": "of its machine",
+        "kv_blocks": f"{model.kv_blocks}, of its memory",
+        "host_ms": f"{model.host_ms:g}, of its machine",
     }
     for name, is_stated in _stated(card).items():
         if is_stated and name in kept:
