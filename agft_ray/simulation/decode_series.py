@@ -28,6 +28,10 @@ class Progression:
         """The sum of the first `count` terms."""
         return count * self.first + self.step * (count * (count - 1) / 2)
 
+    def times(self, factor: float) -> Progression:
+        """Every element times `factor`."""
+        return Progression(factor * self.first, factor * self.step)
+
     def count_within(self, limit: float, most: int) -> int:
         """How many terms, at most `most`, have a sum of at most `limit`; all must be positive."""
         if limit < self.first or most <= 0:
@@ -103,6 +107,11 @@ class Series(NamedTuple):
     durations_s: Progression
     energies_j: Progression
     """Of all GPUs of the group."""
+
+    def stretched(self, factor: float, steps: int) -> Series:
+        """The first so many steps, each `factor` times as long at the same power."""
+        durations_s, energies_j = self.durations_s.times(factor), self.energies_j.times(factor)
+        return Series(self.sm_clock_mhz, steps, durations_s, energies_j)
 
     def energy_j(self, elapsed_s: float, steps: int) -> float:
         """Energy of so many steps, as it was `elapsed_s` after their start."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from agft_ray.simulation.decode_series import DecodeCurves, Series
 from agft_ray.simulation.device_state import DeviceState
-from agft_ray.simulation.noise import standard_normal
+from agft_ray.simulation.noise import StepNoise, standard_normal
 from agft_ray.simulation.physics import (
     StepWork,
     busy_power_w,
@@ -22,8 +22,8 @@ from agft_ray.types import EventReason, GpuSample
 History = Callable[[float, float, int, float, StepWork | None], None]
 """Called with (start s, end s, SM clock in MHz, power in W, the step or None when idle)."""
 
-_POWER_NOISE, _CLOCK_DELAY = 0, 1
-"""Streams of random numbers."""
+_POWER_NOISE, _CLOCK_DELAY, _COUNTER_NOISE = 0, 1, 4
+"""Streams of random numbers; those between are `StepNoise`'s."""
 _P95_SCORE = 1.6448536269514722
 """95th percentile of the standard normal distribution."""
 
@@ -44,7 +44,8 @@ class Device:
     Every method takes the time in seconds. The device never moves past the end of a running step
     by itself: an engine that is late in wall time begins its next step exactly there. Only when
     asked for a time more than `stall_grace_s` past it is the engine taken for dead, and the GPU
-    has idled since the step's end. `history` is called for each span of constant power.
+    has idled since the step's end. `history` is called for each span of constant power. With
+    `noise`, step times and counter vary as the profile's section `noise` says.
     """
 
     def __init__(
@@ -53,13 +54,16 @@ class Device:
         model: ModelProfile,
         *,
         seed: int = 0,
-        counter_update_s: float = 0.1,
+        counter_update_s: float | None = None,
+        noise: bool = False,
         stall_grace_s: float = 2.0,
         history: History | None = None,
     ) -> None:
         self.profile = profile
         self._model = model
-        self._counter_update_s = counter_update_s
+        self._counter_update_s = counter_update_s or profile.noise.counter_update_s
+        self._counter_noise = profile.noise.counter_noise if noise else 0.0
+        self._step_noise = StepNoise.of(profile.noise) if noise else None
         self._stall_grace_s = stall_grace_s
         self._history = history
         self._state = DeviceState(seed)
@@ -126,6 +130,8 @@ class Device:
         self._integrate(t_s)
         s = self._state
         s.work, s.progress, s.progress_t_s = work, 0.0, s.t_s
+        if self._step_noise is not None:
+            s.step_factor = self._step_noise.factor(s.seed, s.t_s)
         self._busy = None
         self._end_s = self._predicted_end_s()
         return self._end_s
@@ -165,6 +171,8 @@ class Device:
             until_s = min(until_s, s.pending_clock_changes[0][0])
         target = self._busy_target_mhz(s.active_lock_mhz)
         series = self._curves.series(work, target, max_steps)
+        if self._step_noise is not None:
+            series = self._step_noise.in_series(series, s.seed, s.t_s, until_s)
         steps = series.durations_s.count_within(until_s - s.t_s, series.steps)
         if steps:
             self._accumulate_series(series, steps)
@@ -181,8 +189,8 @@ class Device:
     def read(self, t_s: float) -> GpuSample:
         """Advance to `t_s` and read the GPU.
 
-        Power carries noise that depends on seed and time alone; the energy counter is exact as of
-        its last update.
+        Power carries noise that depends on seed and time alone; the energy counter is as of its
+        last update, and exact without `noise`.
         """
         self.advance(t_s)
         s, point = self._state, self._point()
@@ -253,7 +261,7 @@ class Device:
         update_s = math.floor(end_s / self._counter_update_s) * self._counter_update_s
         if update_s > s.counter_t_s:
             s.counter_t_s = min(update_s, end_s)
-            s.counter_energy_j = s.energy_j + point.power_w * (s.counter_t_s - s.t_s)
+            self._count(s.energy_j + point.power_w * (s.counter_t_s - s.t_s), point.power_w)
         if self._history is not None:
             self._history(s.t_s, end_s, point.sm_clock_mhz, point.power_w, s.work)
         s.energy_j += point.power_w * (end_s - s.t_s)
@@ -266,11 +274,21 @@ class Device:
         update_s = math.floor(end_s / self._counter_update_s) * self._counter_update_s
         if update_s > s.counter_t_s:
             s.counter_t_s = min(update_s, end_s)
-            s.counter_energy_j = s.energy_j + series.energy_j(s.counter_t_s - s.t_s, steps)
+            energy_j = s.energy_j + series.energy_j(s.counter_t_s - s.t_s, steps)
+            self._count(energy_j, series.energies_j.first / series.durations_s.first)
         s.energy_j += series.energies_j.total(steps)
         s.sm_clock_mhz_s += series.sm_clock_mhz * span_s
         s.t_s = s.idle_since_s = end_s
         self._busy = None
+
+    def _count(self, energy_j: float, power_w: float) -> None:
+        """Set the counter, as of its update now; it never runs backwards."""
+        s = self._state
+        if self._counter_noise:
+            draw = standard_normal(s.seed, _COUNTER_NOISE, s.counter_t_s)
+            energy_j += self._counter_noise * draw * power_w * self._counter_update_s
+            energy_j = max(energy_j, s.counter_energy_j)
+        s.counter_energy_j = energy_j
 
     def _predicted_end_s(self) -> float:
         s = self._state
@@ -318,7 +336,8 @@ class Device:
             if key not in self._capped:
                 self._capped[key] = self._under_cap(work, target)
             clock, power_w = self._capped[key]
-        return _Point(clock, power_w, step_time_s(self._model, work, clock))
+        step_s = step_time_s(self._model, work, clock) * self._state.step_factor
+        return _Point(clock, power_w, step_s)
 
     def _under_cap(self, work: StepWork, target: int) -> tuple[int, float]:
         clock = effective_sm_clock_mhz(self.profile, self._model, work, target)

@@ -109,6 +109,7 @@ def fleet_setup(scenario: Scenario, spec: PolicySpec, seed: int) -> FleetSetup:
         seed=seed,
         duration_s=scenario.duration_s or 0.0,
         grid_s=scenario.window_s,
+        noise=scenario.noise,
     )
 
 
