@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import InitVar, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,16 @@ class RunRecord:
     slo_attainment: float | None
     """Share of the requests, failed ones included, that kept the SLO; None without an SLO."""
     clock_changes: int | None
-    windows_to_converge: int | None
+    energy_regret_j: float | None = None
+    """Of a simulated run: energy beyond that at the best clocks for the same work."""
+    energy_regret: float | None = None
+    """The same, relative to the energy at the best clocks."""
+    windows_to_low_regret: int | None = None
+    """After how many windows it stays below 2 %; None if it never does."""
+    windows_over_bound: float | None = None
+    """Share of the windows with steps in which these took longer than the best clocks may."""
     worst_exploration_tpot_ratio: float | None = None
-    """Largest TPOT of a window before convergence, relative to default clocks in that window."""
+    """Largest TPOT of a window before regret stays low, relative to default clocks in it."""
     regret: float | None = None
     """EDP relative to that of `oracle_pair`, less 1."""
     failed: int = 0
@@ -68,6 +75,11 @@ class RunRecord:
     slo_tpot_s: float | None = None
     profile_change: str | None = None
     """Of a sweep of uncertain numbers: what was changed in the GPU's profile, as 'path=value'."""
+    windows_to_converge: InitVar[None] = None
+    """Is gone; `lower_bound` still sets it to None."""
+
+    def __post_init__(self, windows_to_converge: None) -> None:
+        """Take what is gone."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with distributions as {mean, p50, p95, p99}."""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from agft_ray.simulation.decode_series import DecodeCurves, Series
+from agft_ray.simulation.decode_series import DecodeCurves, Progression, Series
 from agft_ray.simulation.device_state import DeviceState
-from agft_ray.simulation.noise import StepNoise, standard_normal
+from agft_ray.simulation.noise import StepNoise, change_delay_s, counter_j, standard_normal
 from agft_ray.simulation.physics import (
     StepWork,
     busy_power_w,
@@ -16,16 +16,15 @@ from agft_ray.simulation.physics import (
     idle_power_w,
     step_time_s,
 )
-from agft_ray.simulation.profiles import ActivityDecode, GpuProfile, ModelProfile
+from agft_ray.simulation.profiles import ActivityDecode, GpuProfile, ModelProfile, NoiseProfile
+from agft_ray.simulation.work_done import WorkDone
 from agft_ray.types import EventReason, GpuSample
 
 History = Callable[[float, float, int, float, StepWork | None], None]
 """Called with (start s, end s, SM clock in MHz, power in W, the step or None when idle)."""
 
-_POWER_NOISE, _CLOCK_DELAY, _COUNTER_NOISE = 0, 1, 4
-"""Streams of random numbers; those between are `StepNoise`'s."""
-_P95_SCORE = 1.6448536269514722
-"""95th percentile of the standard normal distribution."""
+_POWER_NOISE = 0
+"""A stream of random numbers; `simulation.noise` has others."""
 
 
 class _Point(NamedTuple):
@@ -44,8 +43,9 @@ class Device:
     Every method takes the time in seconds. The device never moves past the end of a running step
     by itself: an engine that is late in wall time begins its next step exactly there. Only when
     asked for a time more than `stall_grace_s` past it is the engine taken for dead, and the GPU
-    has idled since the step's end. `history` is called for each span of constant power. With
-    `noise`, step times and counter vary as the profile's section `noise` says.
+    has idled since the step's end. `history` is called for each span of constant power; `done`,
+    unlike it, leaves series of decode steps in closed form, and adds up what was run. With `noise`,
+    step times and counter vary as the profile's section `noise` says.
     """
 
     def __init__(
@@ -58,14 +58,16 @@ class Device:
         noise: bool = False,
         stall_grace_s: float = 2.0,
         history: History | None = None,
+        done: WorkDone | None = None,
     ) -> None:
         self.profile = profile
         self._model = model
         self._counter_update_s = counter_update_s or profile.noise.counter_update_s
-        self._counter_noise = profile.noise.counter_noise if noise else 0.0
-        self._step_noise = StepNoise.of(profile.noise) if noise else None
+        self._noise = profile.noise if noise else NoiseProfile()
+        self._step_noise = StepNoise.of(self._noise)
         self._stall_grace_s = stall_grace_s
         self._history = history
+        self._done = done
         self._state = DeviceState(seed)
         self._busy: _Point | None = None
         self._end_s: float | None = None
@@ -130,8 +132,7 @@ class Device:
         self._integrate(t_s)
         s = self._state
         s.work, s.progress, s.progress_t_s = work, 0.0, s.t_s
-        if self._step_noise is not None:
-            s.step_factor = self._step_noise.factor(s.seed, s.t_s)
+        s.step_factor = self._step_noise.factor(s.seed, s.t_s)
         self._busy = None
         self._end_s = self._predicted_end_s()
         return self._end_s
@@ -171,11 +172,10 @@ class Device:
             until_s = min(until_s, s.pending_clock_changes[0][0])
         target = self._busy_target_mhz(s.active_lock_mhz)
         series = self._curves.series(work, target, max_steps)
-        if self._step_noise is not None:
-            series = self._step_noise.in_series(series, s.seed, s.t_s, until_s)
+        series = self._step_noise.in_series(series, s.seed, s.t_s, until_s)
         steps = series.durations_s.count_within(until_s - s.t_s, series.steps)
         if steps:
-            self._accumulate_series(series, steps)
+            self._accumulate_series(work, series, steps)
         return steps, s.t_s
 
     def advance(self, t_s: float) -> None:
@@ -226,10 +226,8 @@ class Device:
         self._end_s = None
 
     def _delay_s(self) -> float:
-        change = self.profile.clock_change
-        sigma = math.log(change.p95_to_median) / _P95_SCORE
-        draw = standard_normal(self._state.seed, _CLOCK_DELAY, self._state.clock_calls)
-        return change.median_s * math.exp(sigma * draw)
+        s = self._state
+        return change_delay_s(self.profile.clock_change, s.seed, s.clock_calls)
 
     def _integrate(self, until_s: float) -> None:
         s = self._state
@@ -264,31 +262,36 @@ class Device:
             self._count(s.energy_j + point.power_w * (s.counter_t_s - s.t_s), point.power_w)
         if self._history is not None:
             self._history(s.t_s, end_s, point.sm_clock_mhz, point.power_w, s.work)
-        s.energy_j += point.power_w * (end_s - s.t_s)
-        s.sm_clock_mhz_s += point.sm_clock_mhz * (end_s - s.t_s)
+        span_s = end_s - s.t_s
+        energy_j = point.power_w * span_s
+        if self._done is not None and s.work is not None:
+            share = span_s / point.step_s
+            self._done.add(s.work, share, share * s.work.context_tokens, span_s, energy_j)
+        s.energy_j += energy_j
+        s.sm_clock_mhz_s += point.sm_clock_mhz * span_s
         s.t_s = end_s
 
-    def _accumulate_series(self, series: Series, steps: int) -> None:
+    def _accumulate_series(self, first: StepWork, series: Series, steps: int) -> None:
         s, span_s = self._state, series.durations_s.total(steps)
         end_s = s.t_s + span_s
         update_s = math.floor(end_s / self._counter_update_s) * self._counter_update_s
         if update_s > s.counter_t_s:
             s.counter_t_s = min(update_s, end_s)
-            energy_j = s.energy_j + series.energy_j(s.counter_t_s - s.t_s, steps)
-            self._count(energy_j, series.energies_j.first / series.durations_s.first)
-        s.energy_j += series.energies_j.total(steps)
+            counted_j = s.energy_j + series.energy_j(s.counter_t_s - s.t_s, steps)
+            self._count(counted_j, series.energies_j.first / series.durations_s.first)
+        energy_j = series.energies_j.total(steps)
+        if self._done is not None:
+            context_tokens = Progression(first.context_tokens, first.decode_sequences).total(steps)
+            self._done.add(first, steps, context_tokens, span_s, energy_j)
+        s.energy_j += energy_j
         s.sm_clock_mhz_s += series.sm_clock_mhz * span_s
         s.t_s = s.idle_since_s = end_s
         self._busy = None
 
     def _count(self, energy_j: float, power_w: float) -> None:
-        """Set the counter, as of its update now; it never runs backwards."""
-        s = self._state
-        if self._counter_noise:
-            draw = standard_normal(s.seed, _COUNTER_NOISE, s.counter_t_s)
-            energy_j += self._counter_noise * draw * power_w * self._counter_update_s
-            energy_j = max(energy_j, s.counter_energy_j)
-        s.counter_energy_j = energy_j
+        s, period_j = self._state, power_w * self._counter_update_s
+        sd_j = self._noise.counter_noise * period_j
+        s.counter_energy_j = counter_j(energy_j, s.counter_energy_j, sd_j, s.seed, s.counter_t_s)
 
     def _predicted_end_s(self) -> float:
         s = self._state
@@ -336,7 +339,7 @@ class Device:
             if key not in self._capped:
                 self._capped[key] = self._under_cap(work, target)
             clock, power_w = self._capped[key]
-        step_s = step_time_s(self._model, work, clock) * self._state.step_factor
+        step_s = self._state.step_factor * step_time_s(self._model, work, clock)
         return _Point(clock, power_w, step_s)
 
     def _under_cap(self, work: StepWork, target: int) -> tuple[int, float]:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from agft_ray.simulation.decode_series import Series
-    from agft_ray.simulation.profiles import NoiseProfile
+    from agft_ray.simulation.profiles import ClockChangeProfile, NoiseProfile
 
 _SCALE = 2.0**-64
-_STEP, _OUTLIER = 2, 3
+_CLOCK_DELAY, _STEP, _OUTLIER, _COUNTER = 1, 2, 3, 4
 """Streams of random numbers; a `Device` has others."""
+_P95_SCORE = 1.6448536269514722
+"""95th percentile of the standard normal distribution."""
 _MARGIN_SD = 4.0
 
 
@@ -27,6 +29,22 @@ def standard_normal(seed: int, stream: int, key: float) -> float:
     message = struct.pack("<Qqd", seed % 2**64, stream, key)
     radius, angle = struct.unpack("<QQ", hashlib.blake2b(message, digest_size=16).digest())
     return math.sqrt(-2.0 * math.log((radius + 1) * _SCALE)) * math.cos(math.tau * angle * _SCALE)
+
+
+def change_delay_s(change: ClockChangeProfile, seed: int, calls: int) -> float:
+    """Until a change of clock is in force: log-normal, by how many calls there have been."""
+    sigma = math.log(change.p95_to_median) / _P95_SCORE
+    return change.median_s * math.exp(sigma * standard_normal(seed, _CLOCK_DELAY, calls))
+
+
+def counter_j(energy_j: float, before_j: float, sd_j: float, seed: int, t_s: float) -> float:
+    """What an energy counter shows of `energy_j` from its update at `t_s` on.
+
+    It was at `before_j`, and never runs backwards; `sd_j` is the noise's standard deviation.
+    """
+    if not sd_j:
+        return energy_j
+    return max(energy_j + sd_j * standard_normal(seed, _COUNTER, t_s), before_j)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +70,8 @@ class StepNoise:
         `cv^2 / steps` (log-normal again, as Fenton and Wilkinson put a sum of log-normals), and a
         binomial number of outliers.
         """
+        if not (self.cv or self.outlier_share):
+            return 1.0
         variance = math.log1p(self.cv**2 / steps)
         draw = standard_normal(seed, _STEP, start_s)
         factor = math.exp(math.sqrt(variance) * draw - variance / 2.0)
@@ -70,7 +90,7 @@ class StepNoise:
         """
         limit_s, durations_s = until_s - start_s, series.durations_s
         steps = durations_s.count_within(limit_s, series.steps)
-        if not steps:
+        if not steps or not (self.cv or self.outlier_share):
             return series
         margin = 1.0 + _MARGIN_SD * self.cv / math.sqrt(steps)
         steps = max(durations_s.count_within(limit_s / margin, steps), 1)

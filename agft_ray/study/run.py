@@ -9,8 +9,8 @@ from pathlib import Path
 from agft_ray.policy.baselines.default import DefaultConfig
 from agft_ray.policy.registry import GovernorConfig, build_governor
 from agft_ray.policy.step import StepGovernor
-from agft_ray.results.convergence import FleetWindows, windows_to_converge, worst_tpot_ratio
 from agft_ray.results.labels import DEFAULT
+from agft_ray.results.learning import FleetWindows, worst_tpot_ratio
 from agft_ray.results.record import RunRecord
 from agft_ray.study.policy_specs import PolicySpec, is_governor
 from agft_ray.study.pool import Report
@@ -123,9 +123,8 @@ def _run(job: Job, rows: RunRows, totals: FleetTotals) -> Run:
     record = _record(job, rows, totals)
     default = windows if job.default is None else job.default.windows
     if job.spec.label == DEFAULT or job.default is not None:
-        converged = windows_to_converge(windows, default)
-        worst = worst_tpot_ratio(windows, default, converged)
-        record = replace(record, windows_to_converge=converged, worst_exploration_tpot_ratio=worst)
+        worst = worst_tpot_ratio(windows, default, record.windows_to_low_regret)
+        record = replace(record, worst_exploration_tpot_ratio=worst)
     return Run(record, windows)
 
 
@@ -133,6 +132,7 @@ def _record(job: Job, rows: RunRows, totals: FleetTotals) -> RunRecord:
     scenario, energy_j = job.scenario, totals.energy_j
     ttft_s, tpot_s, e2e_s = rows.distributions()
     judged = rows.requests + totals.rejected
+    regret = rows.clock_regret()
     return RunRecord(
         policy=job.spec.label,
         gpu=scenario.gpu,
@@ -152,7 +152,10 @@ def _record(job: Job, rows: RunRows, totals: FleetTotals) -> RunRecord:
         edp_j_s=None if e2e_s.mean is None else energy_j * e2e_s.mean,
         slo_attainment=_ratio(rows.kept_slo, judged) if scenario.request_slo else None,
         clock_changes=totals.clock_changes,
-        windows_to_converge=None,
+        energy_regret_j=regret.energy_j,
+        energy_regret=regret.relative,
+        windows_to_low_regret=regret.windows_to_low,
+        windows_over_bound=regret.over_bound,
         failed=totals.rejected,
         prompt_tokens=totals.prompt_tokens,
         sm_clock_mhz=rows.sm_clock_mhz,

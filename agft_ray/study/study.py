@@ -146,7 +146,8 @@ class Study:
         if self._wants(LOWER_BOUND):
             jobs = [replace(self._template(s), default=default[s]) for s in self.seeds]
             on_progress = on_phase("lower bound", len(jobs))
-            self.records += _all(pool, perform_lower_bound, jobs, on_progress)
+            found: list[RunRecord] = _all(pool, perform_lower_bound, jobs, on_progress)
+            self.records += [_without_clock_regret(record) for record in found]
 
     def _template(self, seed: int) -> Job:
         return Job(self.scenario, parse_policy(DEFAULT), seed)
@@ -164,6 +165,17 @@ class Study:
             return place, clock, seeds[record.seed or 0]
 
         return sorted(records, key=key)
+
+
+def _without_clock_regret(record: RunRecord) -> RunRecord:
+    """Of what was never run."""
+    return replace(
+        record,
+        energy_regret_j=None,
+        energy_regret=None,
+        windows_to_low_regret=None,
+        windows_over_bound=None,
+    )
 
 
 def _all(
