@@ -86,6 +86,7 @@ class Tuner:
         clock: Clock,
         role: str = "mixed",
         policy: Policy | None = None,
+        readings_per_window: int = READINGS_PER_WINDOW,
         on_record: Callable[[WindowRecord], None] = lambda record: None,
     ) -> None:
         self.config = config
@@ -104,6 +105,7 @@ class Tuner:
         self.reading: GpuSample | None = None
         """The newest reading of the GPU."""
         self.control = ClockControl(gpu, clock)
+        self._readings_per_window = readings_per_window
         self._on_record = on_record
         # Handed over between threads: a deque's append and pop are atomic.
         self._pending: deque[TunerConfig] = deque(maxlen=1)
@@ -229,7 +231,7 @@ class Tuner:
                 return None, CUT_OFF
             if self.waits_for_work and not self._engine_is_idle():
                 return None, WOKEN
-            yield min(now_s + config.window_s / READINGS_PER_WINDOW, end_s)
+            yield min(now_s + config.window_s / self._readings_per_window, end_s)
             readings.append(self._read())
         arm = readings[-1].locked
         if any(reading.locked != arm for reading in readings):

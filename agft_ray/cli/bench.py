@@ -21,9 +21,17 @@ def add_command(commands: Commands) -> None:
     decision.add_argument("--steps", type=int, default=5000)
     decision.add_argument("--seed", type=int, default=0)
     decision.set_defaults(command=_bench_decision)
-    simulator = kinds.add_parser("simulator", help="simulated seconds per wall second (no Ray)")
-    simulator.add_argument("--rate", type=float, default=1.0, help="requests per simulated second")
+    simulator = kinds.add_parser("simulator", help="simulated seconds per CPU second (no Ray)")
+    simulator.add_argument(
+        "--rate", type=float, default=1.0, help="requests per simulated second and replica"
+    )
     simulator.add_argument("--duration", type=float, default=3600.0, metavar="S", help="simulated")
+    simulator.add_argument(
+        "--fleet-duration", type=float, default=600.0, metavar="S", help="of the fleet; simulated"
+    )
+    simulator.add_argument(
+        "--workers", type=int, metavar="N", help="processes of the fleet; default: one a core"
+    )
     simulator.add_argument("--seed", type=int, default=0)
     simulator.set_defaults(command=_bench_simulator)
     overhead = kinds.add_parser("overhead", help="serving with tuner against mode: off (Ray)")
@@ -54,13 +62,16 @@ def _bench_decision(arguments: argparse.Namespace) -> int:
 
 
 def _bench_simulator(arguments: argparse.Namespace) -> int:
-    from agft_ray.bench.simulator import bench_simulator, conditions
+    from agft_ray.bench.simulator import bench_fleet, bench_simulator, conditions
 
-    rate_per_s, duration_s, seed = arguments.rate, arguments.duration, arguments.seed
-    print(conditions(rate_per_s=rate_per_s, duration_s=duration_s, seed=seed))
+    duration_s, workers = arguments.duration, arguments.workers
+    load = {"rate_per_s": arguments.rate, "seed": arguments.seed}
+    print(conditions(duration_s=duration_s, **load))
     try:
-        for speed in bench_simulator(rate_per_s=rate_per_s, duration_s=duration_s, seed=seed):
+        for speed in bench_simulator(duration_s=duration_s, **load):
             print(speed, flush=True)
+        for fleet in bench_fleet(duration_s=arguments.fleet_duration, workers=workers, **load):
+            print(fleet, flush=True)
     except ValueError as error:
         raise AgftError(str(error)) from None
     return 0

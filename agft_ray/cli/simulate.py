@@ -228,7 +228,7 @@ def _refuse_clocks(spec: PolicySpec, arms: Sequence[int]) -> None:
 def _simulate(arguments: argparse.Namespace) -> int:
     from agft_ray.study.console import print_study, wide_console
     from agft_ray.study.policy_specs import parse_seeds
-    from agft_ray.study.pool import local_pool
+    from agft_ray.study.pool import local_pool, process_count
     from agft_ray.study.study import Study
 
     if arguments.jobs is not None and arguments.jobs < 1:
@@ -242,6 +242,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         clock_step_mhz=arguments.clock_step_mhz,
         oracle_step_mhz=arguments.oracle_step_mhz,
         oracle_objective=arguments.oracle_objective,
+        processes=1 if arguments.ray else process_count(arguments.jobs),
     )
     _check_trace(scenario, study.seeds[0])
     pool = arguments.ray_pool() if arguments.ray else local_pool(arguments.jobs)

@@ -15,7 +15,7 @@ def nearest(arms: Sequence[int], sm_clock_mhz: float) -> int:
 
 def at_or_below(arms: Sequence[int], sm_clock_mhz: float) -> int:
     """The highest supported clock not above a frequency; the lowest if all are."""
-    return max((arm for arm in arms if arm <= sm_clock_mhz), default=min(arms))
+    return arms[max(bisect.bisect_right(arms, sm_clock_mhz) - 1, 0)]
 
 
 def midpoint(arms: Sequence[int]) -> float:

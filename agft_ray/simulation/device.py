@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from agft_ray.simulation.decode_series import DecodeCurves, Progression, Series
+from agft_ray.simulation.decode_series import DecodeCurves, Series
 from agft_ray.simulation.device_state import DeviceState
 from agft_ray.simulation.noise import StepNoise, change_delay_s, counter_j, standard_normal
 from agft_ray.simulation.physics import (
@@ -281,7 +281,8 @@ class Device:
             self._count(counted_j, series.energies_j.first / series.durations_s.first)
         energy_j = series.energies_j.total(steps)
         if self._done is not None:
-            context_tokens = Progression(first.context_tokens, first.decode_sequences).total(steps)
+            grown = first.decode_sequences * (steps * (steps - 1) / 2)
+            context_tokens = steps * first.context_tokens + grown
             self._done.add(first, steps, context_tokens, span_s, energy_j)
         s.energy_j += energy_j
         s.sm_clock_mhz_s += series.sm_clock_mhz * span_s

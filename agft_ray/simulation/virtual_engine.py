@@ -39,9 +39,10 @@ class VirtualEngine:
     """Drives a `BatchingEngine` on a device through simulated time, which only `run_until` moves.
 
     Between arrivals, completions, clock changes and the times asked for, decode steps are a series
-    that is jumped over in closed form, which gives the same but for rounding; not so with
-    `jumps` false, a device that cannot, or a hook that wants to see each step. `on_finish` is
-    called with the timings of every request that finishes.
+    that is jumped over in closed form, which gives the same but for rounding. Where a hook wants
+    to see each step, or the device cannot jump, the steps of a series run one by one but their
+    tokens are only counted. With `jumps` false every token of every step is gone through.
+    `on_finish` is called with the timings of every request that finishes.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class VirtualEngine:
         self._device = device
         self._on_finish = on_finish
         self._hook = hook
-        can_jump = jumps and isinstance(device, SeriesDevice) and (hook is None or hook.is_steady)
+        can_jump = jumps and (hook is None or hook.is_steady)
         self._series_device = device if can_jump and isinstance(device, SeriesDevice) else None
+        self._counts = jumps
         self._batch: Batch | None = None
         self._decoding = False
         """The step in progress is one of a series, and there is no batch for it."""
@@ -95,7 +97,10 @@ class VirtualEngine:
 
     def _begin_step(self, t_s: float) -> bool:
         """Begin a step, or jump to its like in a series; False if nothing arrives by `t_s`."""
-        if self._series_device is not None and self._jump(self._series_device, t_s):
+        if self._series_device is not None:
+            if self._jump(self._series_device, t_s):
+                return True
+        elif self._counts and self._begin_decode():
             return True
         self._batch = self._engine.schedule(self._start_s) or self._first_batch(t_s)
         if self._batch is None:
@@ -132,6 +137,18 @@ class VirtualEngine:
                 device.begin_step(self._start_s, series.after(steps).work)
                 return True
         return False
+
+    def _begin_decode(self) -> bool:
+        """Begin the next step of a decode series; False if what comes next is none of one."""
+        series = self._engine.plan_decodes(self._start_s)
+        if series is None:
+            return False
+        self._engine.begin_decode()  # first: a hook finds the step's KV blocks taken
+        self._decoding = True
+        if self._hook is not None:
+            self._hook.before_step(self._start_s, series.work)
+        self._device.begin_step(self._start_s, series.work)
+        return True
 
     def _finish_step(self) -> None:
         start_s, end_s = self._start_s, self._device.finish_step()

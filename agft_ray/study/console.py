@@ -43,10 +43,14 @@ CONDUCT = (
     ("over %", "windows_over_bound"),
     ("vs oracle %", "regret"),
 )
-CONDUCT_CAPTION = (
-    "regret: energy beyond the best clocks'; low after: windows until it stays below 2 %; "
-    "worst: TPOT of a window before, by default clocks'; over: windows over a latency bound"
-)
+NOTES = {
+    "energy_regret": "regret: energy beyond the best clocks'",
+    "windows_to_low_regret": "low after: windows until that stays below 2 %",
+    "worst_exploration_tpot_ratio": "worst: TPOT of a window before, by default clocks'",
+    "windows_over_bound": "over: windows over a latency bound",
+    "regret": "vs oracle: EDP beyond that of oracle_pair",
+}
+"""Of columns that need one."""
 DETAIL_COLUMNS = 3
 PLAIN_WIDTH = 100
 LABEL_WIDTH = 20
@@ -98,8 +102,9 @@ def _changes(found: Sequence[PolicyStanding], records: Sequence[RunRecord]) -> T
 
 
 def _conduct(found: Sequence[PolicyStanding]) -> Table:
-    table = _table(found, None, CONDUCT_CAPTION)
     shown = [(label, name) for label, name in CONDUCT if any(name in s.values for s in found)]
+    notes = [NOTES[name] for _, name in shown if name in NOTES]
+    table = _table(found, None, "; ".join(notes) or None)
     for label, _ in shown:
         table.add_column(label, justify="right", no_wrap=True)
     for standing in found:

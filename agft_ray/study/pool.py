@@ -94,7 +94,12 @@ def _work(work: Callable[[T, Report], R], job: T, number: int) -> R:
     return work(job, report)
 
 
+def process_count(jobs: int | None) -> int:
+    """So many, None for one a core."""
+    return jobs or len(os.sched_getaffinity(0))
+
+
 def local_pool(jobs: int | None) -> Pool:
-    """So many worker processes, None for one a core; one job at a time needs none."""
-    count = jobs or len(os.sched_getaffinity(0))
+    """`process_count` worker processes; one job at a time needs none."""
+    count = process_count(jobs)
     return one_by_one if count == 1 else Processes(count)

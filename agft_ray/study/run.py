@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,8 @@ class Job:
     """Where rows of requests and windows go."""
     default: Run | None = None
     watch: Watch | None = None
+    workers: int = 1
+    """Processes over which the fleet is spread."""
 
 
 def perform(job: Job, report: Report) -> Run | None:
@@ -78,6 +81,7 @@ def perform(job: Job, report: Report) -> Run | None:
             totals = run_fleet(
                 scenario.requests(job.seed),
                 fleet_setup(scenario, job.spec, job.seed),
+                workers=job.workers,
                 on_request=on_request,
                 on_window=rows.on_window,
                 on_progress=on_progress,
@@ -115,7 +119,11 @@ def fleet_setup(scenario: Scenario, spec: PolicySpec, seed: int) -> FleetSetup:
 
 def _governors(settings: GovernorConfig) -> Callable[[int], StepGovernor]:
     """One for each replica; they learn separately."""
-    return lambda replica: build_governor(settings)
+    return functools.partial(_governor, settings)
+
+
+def _governor(settings: GovernorConfig, replica: int) -> StepGovernor:
+    return build_governor(settings)
 
 
 def _run(job: Job, rows: RunRows, totals: FleetTotals) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from agft_ray.study.run import Job, Run, measure, perform
 from agft_ray.study.scenario import Scenario
 
 R = TypeVar("R")
+WORTH_SPREADING_S = 10_000.0
+"""Simulated seconds of all replicas together from which a run lasts longer than processes take to
+start."""
 OnPhase = Callable[[str, int], OnProgress]
 """Told a phase's name and its number of runs; says whom to tell how far they are."""
 
@@ -51,6 +55,8 @@ class Study:
     clock_step_mhz: int = 90
     oracle_step_mhz: int = 90
     oracle_objective: OracleObjective = "edp"
+    processes: int = 1
+    """How many may run at once: where there are fewer runs, their replicas are spread."""
     records: list[RunRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What a reader of the results should know."""
@@ -78,9 +84,18 @@ class Study:
         folder = self.folder and run_folder(self.folder, spec.label, seed)
         return Job(self.scenario, spec, seed, folder, default)
 
+    def _spread(self, jobs: Sequence[Job]) -> list[Job]:
+        """The same, over all processes if there are fewer jobs."""
+        scenario = self.scenario
+        replica_s = (scenario.duration_s or math.inf) * scenario.replicas
+        if not jobs or replica_s < WORTH_SPREADING_S:
+            return list(jobs)
+        workers = max(1, self.processes // len(jobs))
+        return [replace(job, workers=workers) for job in jobs]
+
     def _default(self, pool: Pool, on_phase: OnPhase) -> dict[int, Run]:
         jobs = [self._job(parse_policy(DEFAULT), seed) for seed in self.seeds]
-        runs = _all(pool, perform, jobs, on_phase("default clocks", len(jobs)))
+        runs = _all(pool, perform, self._spread(jobs), on_phase("default clocks", len(jobs)))
         found = {seed: run for seed, run in zip(self.seeds, runs, strict=True) if run is not None}
         self.records += [run.record for run in found.values()]
         for seed, run in found.items():
@@ -98,7 +113,7 @@ class Study:
     def _named(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
         specs = [spec for spec in self.specs if spec.settings and spec.label != DEFAULT]
         jobs = [self._job(spec, seed, default[seed]) for spec in specs for seed in self.seeds]
-        for _, record in pool(measure, jobs, on_phase("policies", len(jobs))):
+        for _, record in pool(measure, self._spread(jobs), on_phase("policies", len(jobs))):
             if record is not None:
                 self.records.append(record)
 

@@ -12,9 +12,12 @@ class _StepCounter:
     steps: int = 0
     tokens: int = 0
     time_s: float = 0.0
+    _totals: StepTotals = field(default_factory=StepTotals)
 
     def totals(self) -> StepTotals:
-        return StepTotals(self.steps, self.tokens, self.time_s)
+        if self._totals.steps != self.steps:  # of three counters one or two stand still
+            self._totals = StepTotals(self.steps, self.tokens, self.time_s)
+        return self._totals
 
 
 @dataclass(slots=True)

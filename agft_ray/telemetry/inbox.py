@@ -19,8 +19,8 @@ class EngineInbox:
     atomic.
     """
 
-    def __init__(self) -> None:
-        self._samples: collections.deque[EngineSample] = collections.deque(maxlen=CAPACITY)
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._samples: collections.deque[EngineSample] = collections.deque(maxlen=capacity)
 
     def push(self, sample: EngineSample) -> None:
         """Keep a sample; one that is older than the newest (late delivery) is dropped."""

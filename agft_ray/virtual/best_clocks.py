@@ -18,7 +18,7 @@ from agft_ray.simulation.physics import (
     idle_power_w,
     step_time_s,
 )
-from agft_ray.simulation.profiles import GpuProfile, ModelProfile
+from agft_ray.simulation.profiles import ActivityDecode, GpuProfile, ModelProfile
 from agft_ray.simulation.work_done import WorkDone
 
 MAX_INCREASE = 0.10
@@ -73,9 +73,13 @@ class BestClocks:
     def __init__(self, gpu: GpuProfile, model: ModelProfile, slo: SloConfig) -> None:
         self._gpu, self._model, self._slo = gpu, model, slo
         self._clocks = gpu.supported_sm_clocks_mhz
-        idle_w = min(idle_power_w(gpu.power, clock) for clock in self._clocks)
-        self._idle_w = model.tensor_parallel * idle_w
+        idle_w = (idle_power_w(gpu.power, clock, model.spinning_activity) for clock in self._clocks)
+        self._idle_w = model.tensor_parallel * min(idle_w)
         self._lines: dict[tuple[int, int], _Line] = {}
+        self._by_activity = isinstance(gpu.power.decode, ActivityDecode)
+        """Power of steps with prefill depends on the clock alone."""
+        self._capped: dict[int, tuple[int, float]] = {}
+        """Clock and power in W of steps with prefill, by the clock that is locked."""
         self._cap_left: dict[int, int] = {}
         """By the batch size of decode steps, 0 for steps with prefill."""
         self._prefill_at = self._decode_at = len(self._clocks) - 1
@@ -122,9 +126,12 @@ class BestClocks:
         """Of the steps with prefill, with this clock locked: exact, step by step."""
         gpu, model = self._gpu, self._model
         time_s = energy_j = 0.0
+        capped = self._capped.get(sm_clock_mhz)
         for work, share in done.prefill:
-            in_step_w = functools.partial(busy_power_w, gpu, model, work)
-            clock, power_w = self._under_cap(in_step_w, sm_clock_mhz, 0)
+            if capped is None or not self._by_activity:
+                in_step_w = functools.partial(busy_power_w, gpu, model, work)
+                capped = self._capped[sm_clock_mhz] = self._under_cap(in_step_w, sm_clock_mhz, 0)
+            clock, power_w = capped
             step_s = share * step_time_s(model, work, clock)
             time_s += step_s
             energy_j += power_w * step_s

@@ -14,8 +14,8 @@ class GovernedSteps:
 
     Clocks are locked or reset on the device, after its delay, and only when the choice changes. A
     governor with a true attribute `is_steady` promises that its choice depends on nothing but
-    whether a step computes prompt tokens, and that it learns nothing: series of decode steps may
-    then be jumped over.
+    whether a step computes prompt tokens, and that it learns nothing: it is asked once of each,
+    and series of decode steps may be jumped over.
     """
 
     def __init__(
@@ -26,20 +26,23 @@ class GovernedSteps:
         engine: BatchingEngine,
     ) -> None:
         self.governor = governor
+        self.is_steady = bool(getattr(governor, "is_steady", False))
+        """See `StepHook`."""
         self.clock_changes = 0
         self._arms, self._device, self._engine = arms, device, engine
         self._locked: Arm = None
+        self._steady: dict[bool, Arm] = {}
+        """A steady governor's choices, by whether there is prefill."""
         self._step: StepSample | None = None
         self._last_step_s: float | None = None
         self._last_sm_clock_mhz: int | None = None
 
-    @property
-    def is_steady(self) -> bool:
-        """See `StepHook`."""
-        return bool(getattr(self.governor, "is_steady", False))
-
     def before_step(self, t_s: float, work: StepWork) -> None:
         """Ask about the step and set the clock."""
+        has_prefill = work.prefill_tokens > 0
+        if has_prefill in self._steady:
+            self._set(t_s, self._steady[has_prefill])
+            return
         self._step = StepSample(
             t_s=t_s,
             prefill_tokens=work.prefill_tokens,
@@ -50,7 +53,10 @@ class GovernedSteps:
             last_step_s=self._last_step_s,
             last_sm_clock_mhz=self._last_sm_clock_mhz,
         )
-        self._set(t_s, self.governor.choose(self._step, self._arms))
+        arm = self.governor.choose(self._step, self._arms)
+        if self.is_steady:
+            self._steady[has_prefill] = arm
+        self._set(t_s, arm)
 
     def after_step(self, start_s: float, end_s: float) -> None:
         """Tell how the step went."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from agft_ray.clock import ManualClock
 from agft_ray.gpu.simulated import InMemoryGpu
+from agft_ray.policy.registry import build_policy
+from agft_ray.policy.static import StaticPolicy
 from agft_ray.policy.step import StepGovernor
 from agft_ray.settings import TunerConfig
 from agft_ray.simulation.device import Device
@@ -22,12 +24,15 @@ from agft_ray.simulation.virtual_engine import VirtualEngine
 from agft_ray.simulation.work_done import WorkDone
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
-from agft_ray.tuner import Tuner, WindowRecord
+from agft_ray.tuner import READINGS_PER_WINDOW, Tuner, WindowRecord
 from agft_ray.types import Arm, EngineSample
 from agft_ray.virtual.best_clocks import BestClocks
 from agft_ray.virtual.governed import GovernedSteps
 from agft_ray.virtual.routers import RouterName
 from agft_ray.workloads.requests import Request, RequestTimings
+
+INBOX_SAMPLES = 4 * READINGS_PER_WINDOW
+"""Engine statistics kept for a tuner: more than a window's, one for each time it wakes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,9 @@ class Listeners:
     """A tuner has finished a control step."""
 
 
+LISTENERS = tuple(field.name for field in fields(Listeners))
+
+
 @dataclass(frozen=True, slots=True)
 class _GridPoint:
     """The cumulative figures at a point of the grid."""
@@ -124,6 +132,16 @@ class _GridPoint:
     engine: EngineSample
     energy_j: float
     sm_clock_mhz_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaTotals:
+    """What came of one replica."""
+
+    energy_j: float
+    clock_changes: int
+    engine: EngineSample
+    """Its engine's statistics at the end, counted from the start."""
 
 
 class VirtualReplica:
@@ -149,7 +167,7 @@ class VirtualReplica:
             setup.engine.for_model(model), functools.partial(prefill_attention_s, model)
         )
         self._gpu = InMemoryGpu(self._device, self.clock, uuid=f"GPU-simulated-{index}")
-        self._inbox = EngineInbox()
+        self._inbox = EngineInbox(INBOX_SAMPLES)
         self._governed: GovernedSteps | None = None
         self.tuner: Tuner | None = None
         self._wake_s = math.inf
@@ -170,8 +188,15 @@ class VirtualReplica:
             self._governed.on_empty(0.0)
 
     def _new_tuner(self) -> Tuner:
+        config = _reseeded(self._setup.tuner, self._setup.stream(self.index))
+        policy = build_policy(config.policy)
+        # Each reading cuts a series of decode steps. A policy that learns nothing needs none
+        # within the window: they place its energy, and average its clock and queue.
+        readings = 1 if isinstance(policy, StaticPolicy) else READINGS_PER_WINDOW
         return Tuner(
-            _reseeded(self._setup.tuner, self._setup.stream(self.index)),
+            config,
+            policy=policy,
+            readings_per_window=readings,
             gpu=self._gpu,
             engine=self._inbox,
             serve=ServeMetrics(max_age_s=0.0),
@@ -200,6 +225,10 @@ class VirtualReplica:
     def sample(self) -> EngineSample:
         """The engine's statistics now."""
         return self._engine.sample(self.clock.now_s())
+
+    def totals(self) -> ReplicaTotals:
+        """What has come of it so far."""
+        return ReplicaTotals(self.energy_j, self.clock_changes, self.sample())
 
     def submit(self, request: Request) -> None:
         """Hand over a request that arrives now, and wake a tuner that waits for work, as under Ray.

@@ -10,12 +10,19 @@ RouterName = Literal["power_of_two", "round_robin"]
 
 
 class Router(Protocol):
-    """Chooses among `replicas` numbered from 0. `ongoing(replica)` says how many requests one has
-    not answered yet, and is asked about as few as possible."""
+    """Chooses among `replicas` numbered from 0, in two parts: which of them come into question
+    does not depend on how busy they are, so that it can be known beforehand."""
 
-    def choose(self, ongoing: Callable[[int], int]) -> int:
-        """The replica that gets the next request, given how many each has under way."""
+    def candidates(self) -> tuple[int, ...]:
+        """The replicas of which the one with the `fewest` requests gets the next; as few as
+        possible."""
         ...
+
+
+def fewest(candidates: tuple[int, ...], ongoing: Callable[[int], int]) -> int:
+    """The replica with the fewest requests not answered yet, as `ongoing` says; the first of
+    several. Asks nothing where there is no choice."""
+    return candidates[0] if len(candidates) == 1 else min(candidates, key=ongoing)
 
 
 class PowerOfTwo:
@@ -25,11 +32,12 @@ class PowerOfTwo:
         self._replicas = range(replicas)
         self._random = random.Random(f"{seed}:power_of_two")
 
-    def choose(self, ongoing: Callable[[int], int]) -> int:
-        """The first pick where both have as many."""
+    def candidates(self) -> tuple[int, ...]:
+        """Two, or the only one."""
         if len(self._replicas) == 1:
-            return 0
-        return min(self._random.sample(self._replicas, 2), key=ongoing)
+            return (0,)
+        one, other = self._random.sample(self._replicas, 2)
+        return one, other
 
 
 class RoundRobin:
@@ -39,10 +47,10 @@ class RoundRobin:
         self._replicas = replicas
         self._next = 0
 
-    def choose(self, ongoing: Callable[[int], int]) -> int:
+    def candidates(self) -> tuple[int, ...]:
         """Each in turn."""
         chosen, self._next = self._next, (self._next + 1) % self._replicas
-        return chosen
+        return (chosen,)
 
 
 def build_router(name: RouterName, replicas: int, seed: int) -> Router:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from agft_ray.clock import ManualClock
 from agft_ray.settings import TunerConfig
@@ -12,22 +13,13 @@ from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import load_gpu_profile
 from agft_ray.tuner import WindowRecord
 from agft_ray.types import EngineSample
+from agft_ray.virtual.parallel import Workers
+from agft_ray.virtual.replica import LISTENERS, Listeners, ReplicaTotals, VirtualReplica
 from agft_ray.virtual.replica import FleetSetup as FleetSetup
 from agft_ray.virtual.replica import GridWindow as GridWindow
-from agft_ray.virtual.replica import Listeners, VirtualReplica
-from agft_ray.virtual.routers import build_router
-from agft_ray.virtual.sharing import ExperienceSharing
+from agft_ray.virtual.routers import build_router, fewest
+from agft_ray.virtual.sharing import ExperienceSharing, shares
 from agft_ray.workloads.requests import Request, RequestTimings
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaTotals:
-    """What came of one replica."""
-
-    energy_j: float
-    clock_changes: int
-    engine: EngineSample
-    """Its engine's statistics at the end, counted from the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +36,18 @@ class FleetTotals:
     replicas: tuple[ReplicaTotals, ...]
 
 
+def _to_nobody(*told: Any) -> None:
+    """A callback that nobody has given: nothing need be sent to it from other processes."""
+
+
 def run_fleet(
     requests: Iterable[Request],
     setup: FleetSetup,
     *,
-    on_request: Callable[[int, RequestTimings], None] = lambda replica, timings: None,
-    on_window: Callable[[GridWindow], None] = lambda window: None,
-    on_record: Callable[[int, WindowRecord], None] = lambda replica, record: None,
+    workers: int = 1,
+    on_request: Callable[[int, RequestTimings], None] = _to_nobody,
+    on_window: Callable[[GridWindow], None] = _to_nobody,
+    on_record: Callable[[int, WindowRecord], None] = _to_nobody,
     on_progress: Callable[[float], None] = lambda t_s: None,
 ) -> FleetTotals:
     """Run requests, in order of arrival, through a fleet, as fast as the machine computes.
@@ -59,11 +56,49 @@ def run_fleet(
     records go out through the callbacks, in order of time for each replica. `on_progress` is told
     the simulated time about once a window. The run ends on the grid, at or after `duration_s`,
     with every request answered. The same arguments give the same result.
+
+    With several `workers` the replicas are spread over so many freshly started processes. The
+    result is the same, and so are the calls back, but for `on_progress`, which come in batches.
+    `setup` must be picklable. Replicas that share experience meet too often for that: such a fleet
+    runs in one process.
     """
-    fleet = _Fleet(setup, Listeners(on_request, on_window, on_record), on_progress)
+    listeners = Listeners(on_request, on_window, on_record)
+    if workers > 1 and setup.replicas > 1 and not shares(setup):
+        wanted = [n for n in LISTENERS if getattr(listeners, n) is not _to_nobody]
+        return _run_spread(requests, setup, workers, listeners, wanted, on_progress)
+    fleet = _Fleet(setup, listeners, on_progress)
     for request in requests:
         fleet.take(request)
     return fleet.finish()
+
+
+def _run_spread(
+    requests: Iterable[Request],
+    setup: FleetSetup,
+    count: int,
+    listeners: Listeners,
+    wanted: Sequence[str],
+    on_progress: Callable[[float], None],
+) -> FleetTotals:
+    workers = Workers(count, setup, listeners, wanted)
+    try:
+        duration_s = workers.run(requests, on_progress)
+        return _summed(workers.totals(), duration_s, workers.rejected)
+    finally:
+        workers.close()
+
+
+def _summed(replicas: Sequence[ReplicaTotals], duration_s: float, rejected: int) -> FleetTotals:
+    return FleetTotals(
+        duration_s=duration_s,
+        energy_j=sum(total.energy_j for total in replicas),
+        requests=sum(total.engine.e2e_count for total in replicas),
+        rejected=rejected,
+        prompt_tokens=sum(total.engine.prompt_tokens for total in replicas),
+        output_tokens=sum(total.engine.generation_tokens for total in replicas),
+        clock_changes=sum(total.clock_changes for total in replicas),
+        replicas=tuple(replicas),
+    )
 
 
 class _Fleet:
@@ -84,7 +119,7 @@ class _Fleet:
         """Let time pass until the request arrives, and route it."""
         t_s = request.arrival_s
         self._pass(t_s)
-        replica = self._replicas[self._router.choose(self._ongoing)]
+        replica = self._replicas[fewest(self._router.candidates(), self._ongoing)]
         replica.advance_to(t_s)
         try:
             replica.submit(request)
@@ -123,19 +158,10 @@ class _Fleet:
             if all(replica.drained for replica in replicas):
                 break
             windows += 1
-        totals = [ReplicaTotals(r.energy_j, r.clock_changes, r.sample()) for r in replicas]
+        totals = [replica.totals() for replica in replicas]
         for replica in replicas:
             replica.close()
-        return FleetTotals(
-            duration_s=self._clock.now_s(),
-            energy_j=sum(total.energy_j for total in totals),
-            requests=sum(total.engine.e2e_count for total in totals),
-            rejected=self._rejected,
-            prompt_tokens=sum(total.engine.prompt_tokens for total in totals),
-            output_tokens=sum(total.engine.generation_tokens for total in totals),
-            clock_changes=sum(total.clock_changes for total in totals),
-            replicas=tuple(totals),
-        )
+        return _summed(totals, self._clock.now_s(), self._rejected)
 
 
 @dataclass(frozen=True, slots=True)

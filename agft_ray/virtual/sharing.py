@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from agft_ray.clock import Clock
 from agft_ray.policy.experience import Prior, PriorKey
+from agft_ray.policy.registry import build_policy
 from agft_ray.policy.reward import REWARD_SCHEMA
 from agft_ray.priors.store import ExperienceStore, ReplicaReport
 from agft_ray.settings import TunerConfig
@@ -16,6 +17,16 @@ from agft_ray.virtual.replica import FleetSetup, VirtualReplica
 _DEPLOYMENT = "simulated"
 _EXPIRY_ROUNDS = 6.0
 """Exchanges after which a silent replica would not count as live; none is silent here."""
+
+
+def shares(setup: FleetSetup) -> bool:
+    """Whether there is anything to exchange again and again: holdouts are settled at once."""
+    return (
+        setup.governor is None
+        and setup.replicas > 1
+        and setup.tuner.share_experience
+        and build_policy(setup.tuner.policy).experience() is not None
+    )
 
 
 class ExperienceSharing:
@@ -31,12 +42,8 @@ class ExperienceSharing:
 
     @property
     def is_needed(self) -> bool:
-        """Whether there is anything to exchange again and again: holdouts are settled at once."""
-        return (
-            len(self._tuned) > 1
-            and self._setup.tuner.share_experience
-            and any(tuner.policy.experience() is not None for _, tuner in self._tuned)
-        )
+        """See `shares`."""
+        return shares(self._setup)
 
     def exchange(self) -> None:
         """Every replica reports, learns whether it is held out, and takes its prior."""

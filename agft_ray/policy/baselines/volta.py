@@ -130,12 +130,11 @@ class VoltaGovernor:
 
     def _lowest_allowed(self, phase: _Phase) -> int:
         """Place in the list of one below the lowest clock that is known well enough."""
-        known = [
-            place
-            for place, level in enumerate(self._levels)
-            if phase.steps[level] >= self._config.learn_steps
-        ]
-        return max(0, min(known, default=len(self._levels)) - 1)
+        steps, enough = phase.steps, self._config.learn_steps
+        for place, level in enumerate(self._levels):
+            if steps[level] >= enough:
+                return max(0, place - 1)
+        return max(0, len(self._levels) - 1)
 
     def choose_idle(self, arms: Sequence[int]) -> Arm:
         """The lowest clock; after it, the first step starts anew and is not held down."""
@@ -148,7 +147,8 @@ class VoltaGovernor:
         settled = step.t_s - self._changed_s >= ACTUATION_S
         if not self._levels or not (settled or duration_s >= LONG_STEP_S):
             return
-        level = nearest(self._levels, sm_clock_mhz)
+        clock, levels = sm_clock_mhz, self._levels
+        level = clock if clock in levels else nearest(levels, clock)
         self._phases[step.has_prefill].learn(step, duration_s, sm_clock_mhz, level)
 
     def status(self) -> dict[str, Any]:
@@ -174,25 +174,31 @@ class _Phase:
             forgetting=forgetting,
         )
         self.steps: Counter[int] = Counter()
+        self._step: StepSample | None = None
+        self._clock_mhz = 0
+        self._x = np.zeros(0)
 
     @property
     def samples(self) -> int:
         return self._ridge.samples
 
     def predict_s(self, step: StepSample, sm_clock_mhz: int) -> float:
-        return float(_features(step, sm_clock_mhz) @ self._ridge.theta)
+        return float(self._features(step, sm_clock_mhz) @ self._ridge.theta)
 
     def learn(self, step: StepSample, duration_s: float, sm_clock_mhz: int, level: int) -> None:
-        self._ridge.learn(_features(step, sm_clock_mhz), duration_s)
+        self._ridge.learn(self._features(step, sm_clock_mhz), duration_s)
         self.steps[level] += 1
+
+    def _features(self, step: StepSample, sm_clock_mhz: int) -> np.ndarray:
+        """Kept for one step at one clock: what ran is mostly what was predicted last."""
+        if self._step is not step or self._clock_mhz != sm_clock_mhz:
+            self._step, self._clock_mhz = step, sm_clock_mhz
+            self._x = _features(step, sm_clock_mhz)
+        return self._x
 
 
 def _features(step: StepSample, sm_clock_mhz: int) -> np.ndarray:
-    tokens = step.prefill_tokens + step.decode_sequences
-    base = (
-        1.0,
-        tokens / UNIT_TOKENS[step.has_prefill],
-        step.context_tokens / UNIT_CONTEXT_TOKENS,
-    )
+    tokens = (step.prefill_tokens + step.decode_sequences) / UNIT_TOKENS[step.has_prefill]
+    context = step.context_tokens / UNIT_CONTEXT_TOKENS
     scale = UNIT_MHZ / sm_clock_mhz
-    return np.array([*base, *(value * scale for value in base)])
+    return np.array((1.0, tokens, context, scale, tokens * scale, context * scale))

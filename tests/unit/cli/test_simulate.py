@@ -201,11 +201,16 @@ def test_the_screen_of_a_study():
     """As one with several seeds, and as one with a single seed, whose runs keep an SLO or not."""
     several = records_of("default", "agft", "best_static")
     single = [
-        replace(record, slo_attainment=share, choice=choice)
-        for record, share, choice in zip(
+        replace(record, slo_attainment=share, choice=choice, **clocks)
+        for record, share, choice, clocks in zip(
             records_of("default", "agft", "best_static", seeds=(0,)),
             (1.0, 0.975, None),
             (None, None, "1230,1230"),
+            (
+                {"energy_regret": 0.858, "windows_over_bound": 0.0},
+                {"energy_regret": 0.0669, "windows_over_bound": 0.51, "windows_to_low_regret": 210},
+                {},
+            ),
             strict=True,
         )
     ]

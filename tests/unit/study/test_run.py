@@ -39,6 +39,34 @@ def study(*policies, seeds=(0, 1), scenario=SHORT, **values):
     return Study(scenario, [parse_policy(policy) for policy in policies], seeds, **values)
 
 
+@pytest.mark.parametrize("policy", ["volta:tpot_slo_s=0.03", "agft"])
+def test_few_runs_of_a_fleet_are_spread_over_the_processes_with_the_same_records(
+    policy, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("agft_ray.study.study.WORTH_SPREADING_S", 100.0)
+    scenario = SHORT.model_copy(update={"replicas": 3, "rate_per_s": 3.0})
+    found, files = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        one = study(policy, seeds=(4,), scenario=scenario, folder=folder, processes=processes)
+        assert [job.workers for job in one._spread([one._template(4)])] == [processes]
+        found.append(one.run(one_by_one, no_phase))
+        files.append([p.read_bytes() for p in sorted(folder.rglob("*.csv"))])
+    assert found[0] == found[1]
+    assert files[0] == files[1]
+    assert len(files[0]) == 4
+
+
+def test_short_runs_and_many_are_not_spread():
+    scenario = SHORT.model_copy(update={"replicas": 300})
+    many = study("fixed:1230", scenario=scenario, processes=4)
+    jobs = [many._template(seed) for seed in range(5)]
+    assert [job.workers for job in many._spread(jobs)] == [1] * 5
+    assert [job.workers for job in many._spread(jobs[:2])] == [2, 2]
+    short = study("fixed:1230", processes=4)
+    assert [job.workers for job in short._spread(jobs[:1])] == [1]
+
+
 # -- one run ---------------------------------------------------------------------------------------
 
 

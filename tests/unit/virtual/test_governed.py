@@ -1,5 +1,7 @@
 """Step governors on a virtual replica: what they are handed, and that they are obeyed."""
 
+import dataclasses
+
 import pytest
 
 from agft_ray.settings import TunerConfig
@@ -47,10 +49,9 @@ def make_setup(governor, **changes):
     return FleetSetup(
         gpu=GPU,
         model="llama-3.1-8b",
-        engine=EngineConfig(),
         tuner=tuner,
         governor=lambda replica: governor,
-        **{"duration_s": 60.0, "seed": 1, **changes},
+        **{"engine": EngineConfig(), "duration_s": 60.0, "seed": 1, **changes},
     )
 
 
@@ -111,6 +112,33 @@ def test_a_steady_governor_is_jumped_over_with_the_same_result():
     for one, other in zip(*windows, strict=True):
         assert one.energy_j == pytest.approx(other.energy_j, rel=1e-9)
         assert (one.itl_count, one.arm) == (other.itl_count, other.arm)
+
+
+@pytest.mark.parametrize("kv_blocks", [600, 20_000])
+def test_counted_tokens_show_it_the_very_steps_that_tokens_one_by_one_do(kv_blocks):
+    engine = EngineConfig(kv_blocks=kv_blocks, max_model_len=8192)
+    requests = list(generate_conversation(4.0, 40.0, seed=5))
+    runs, seen, windows, answers = [], [], ([], []), ([], [])
+    for jumps, rows, answered in zip((True, False), windows, answers, strict=True):
+        governor = Recorder()
+        setup = make_setup(governor, engine=engine, jumps=jumps)
+        runs.append(
+            run_fleet(
+                requests,
+                setup,
+                on_window=rows.append,
+                on_request=lambda replica, timings, answered=answered: answered.append(timings),
+            )
+        )
+        seen.append((governor.steps, governor.observed, governor.idles))
+    assert seen[0] == seen[1]
+    assert answers[0] == answers[1]
+    assert runs[0].energy_j == runs[1].energy_j
+    for one, other in zip(*windows, strict=True):
+        assert one == dataclasses.replace(
+            other, itl_sum_s=pytest.approx(other.itl_sum_s, rel=1e-9, abs=1e-9)
+        )
+    assert (runs[0].replicas[0].engine.preemptions > 0) == (kv_blocks == 600)
 
 
 def test_default_clocks_are_a_choice_and_bounds_hold():

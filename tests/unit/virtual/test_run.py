@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from agft_ray.gpu.simulated import InMemoryGpu
 from agft_ray.settings import TunerConfig
 from agft_ray.simulation.physics import StepWork, effective_sm_clock_mhz, step_time_s
 from agft_ray.simulation.profiles import load_gpu_profile
@@ -65,6 +66,23 @@ def test_a_fixed_clock_saves_what_the_physics_says(requests, default):
     # Answers wait for decode steps of a few sequences, and for the prompts that come between.
     decode, prompt = slower(StepWork(0, 2, 2 * 1200)), slower(StepWork(1000))
     assert decode < mean_tpot_s(fixed) / mean_tpot_s(default) < prompt
+
+
+@pytest.mark.parametrize("policy", [{"name": "fixed", "sm_clock_mhz": 1230}, {"name": "default"}])
+def test_a_policy_that_learns_nothing_is_read_less_with_the_same_result(
+    requests, policy, monkeypatch
+):
+    read = [InMemoryGpu.read, []]
+    monkeypatch.setattr(InMemoryGpu, "read", lambda gpu: read[1].append(0) or read[0](gpu))
+    fewer, few = run(requests, policy), len(read[1])
+    monkeypatch.setattr("agft_ray.virtual.replica.StaticPolicy", type(None))
+    more = run(requests, policy)
+    assert few < (len(read[1]) - few) / 4
+    assert fewer.energy_j == pytest.approx(more.energy_j, rel=1e-9)
+    assert fewer.clock_changes == more.clock_changes
+    assert [r.decision for r in fewer.records] == [r.decision for r in more.records]
+    for one, other in zip(fewer.timings, more.timings, strict=True):
+        assert (one.ttft_s, one.e2e_s) == pytest.approx((other.ttft_s, other.e2e_s), rel=1e-9)
 
 
 def test_agft_learns_to_save_energy_from_nothing(requests, default):
