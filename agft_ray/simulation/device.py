@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from agft_ray.simulation.decode_series import DecodeCurves, Series
 from agft_ray.simulation.device_state import DeviceState
-from agft_ray.simulation.noise import StepNoise, change_delay_s, counter_j, standard_normal
+from agft_ray.simulation.noise import Noise, change_delay_s, standard_normal
 from agft_ray.simulation.physics import (
     StepWork,
     busy_power_w,
@@ -63,8 +63,7 @@ class Device:
         self.profile = profile
         self._model = model
         self._counter_update_s = counter_update_s or profile.noise.counter_update_s
-        self._noise = profile.noise if noise else NoiseProfile()
-        self._step_noise = StepNoise.of(self._noise)
+        self._noise = Noise(profile.noise if noise else NoiseProfile(), seed)
         self._stall_grace_s = stall_grace_s
         self._history = history
         self._done = done
@@ -107,6 +106,7 @@ class Device:
     def from_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what `to_state` gave; missing entries are as at the start."""
         self._state = DeviceState.of(state)
+        self._noise = self._noise.for_seed(self._state.seed)
         self._busy = self._end_s = None
 
     def lock(self, t_s: float, sm_clock_mhz: int) -> None:
@@ -132,7 +132,7 @@ class Device:
         self._integrate(t_s)
         s = self._state
         s.work, s.progress, s.progress_t_s = work, 0.0, s.t_s
-        s.step_factor = self._step_noise.factor(s.seed, s.t_s)
+        s.step_factor, s.steps = self._noise.factor(s.steps), s.steps + 1
         self._busy = None
         self._end_s = self._predicted_end_s()
         return self._end_s
@@ -171,8 +171,7 @@ class Device:
         if s.pending_clock_changes:
             until_s = min(until_s, s.pending_clock_changes[0][0])
         target = self._busy_target_mhz(s.active_lock_mhz)
-        series = self._curves.series(work, target, max_steps)
-        series = self._step_noise.in_series(series, s.seed, s.t_s, until_s)
+        series = self._curves.series(work, target, max_steps).noisy(self._noise, s.steps)
         steps = series.durations_s.count_within(until_s - s.t_s, series.steps)
         if steps:
             self._accumulate_series(work, series, steps)
@@ -259,7 +258,9 @@ class Device:
         update_s = math.floor(end_s / self._counter_update_s) * self._counter_update_s
         if update_s > s.counter_t_s:
             s.counter_t_s = min(update_s, end_s)
-            self._count(s.energy_j + point.power_w * (s.counter_t_s - s.t_s), point.power_w)
+            energy_j = s.energy_j + point.power_w * (s.counter_t_s - s.t_s)
+            period_j = point.power_w * self._counter_update_s
+            s.counter_energy_j = self._noise.counter_j(s, energy_j, period_j)
         if self._history is not None:
             self._history(s.t_s, end_s, point.sm_clock_mhz, point.power_w, s.work)
         span_s = end_s - s.t_s
@@ -277,8 +278,10 @@ class Device:
         update_s = math.floor(end_s / self._counter_update_s) * self._counter_update_s
         if update_s > s.counter_t_s:
             s.counter_t_s = min(update_s, end_s)
-            counted_j = s.energy_j + series.energy_j(s.counter_t_s - s.t_s, steps)
-            self._count(counted_j, series.energies_j.first / series.durations_s.first)
+            energy_j = s.energy_j + series.energy_j(s.counter_t_s - s.t_s, steps)
+            power_w = series.energies_j.first / series.durations_s.first
+            period_j = power_w * self._counter_update_s
+            s.counter_energy_j = self._noise.counter_j(s, energy_j, period_j)
         energy_j = series.energies_j.total(steps)
         if self._done is not None:
             grown = first.decode_sequences * (steps * (steps - 1) / 2)
@@ -286,13 +289,9 @@ class Device:
             self._done.add(first, steps, context_tokens, span_s, energy_j)
         s.energy_j += energy_j
         s.sm_clock_mhz_s += series.sm_clock_mhz * span_s
+        s.steps += steps
         s.t_s = s.idle_since_s = end_s
         self._busy = None
-
-    def _count(self, energy_j: float, power_w: float) -> None:
-        s, period_j = self._state, power_w * self._counter_update_s
-        sd_j = self._noise.counter_noise * period_j
-        s.counter_energy_j = counter_j(energy_j, s.counter_energy_j, sd_j, s.seed, s.counter_t_s)
 
     def _predicted_end_s(self) -> float:
         s = self._state

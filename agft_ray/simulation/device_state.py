@@ -28,6 +28,8 @@ class DeviceState:
     clock_calls: int = 0
     idle_since_s: float = 0.0
     work: StepWork | None = None
+    steps: int = 0
+    """How many have begun since the start."""
     step_factor: float = 1.0
     """Noise of the step in progress: how long it takes, relative to a step without."""
     progress: float = 0.0

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from dataclasses import dataclass
+from array import array
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
+from agft_ray.simulation.profiles import ClockChangeProfile, NoiseProfile
+
 if TYPE_CHECKING:
-    from agft_ray.simulation.decode_series import Series
-    from agft_ray.simulation.profiles import ClockChangeProfile, NoiseProfile
+    from agft_ray.simulation.device_state import DeviceState
 
 _SCALE = 2.0**-64
 _CLOCK_DELAY, _STEP, _OUTLIER, _COUNTER = 1, 2, 3, 4
 """Streams of random numbers; a `Device` has others."""
 _P95_SCORE = 1.6448536269514722
 """95th percentile of the standard normal distribution."""
-_MARGIN_SD = 4.0
+PERIOD_STEPS = 2**16
+"""After so many steps their noise repeats itself, so that it takes no more memory."""
+_CHUNK_STEPS = 512
 
 
 def standard_normal(seed: int, stream: int, key: float) -> float:
@@ -37,71 +41,66 @@ def change_delay_s(change: ClockChangeProfile, seed: int, calls: int) -> float:
     return change.median_s * math.exp(sigma * standard_normal(seed, _CLOCK_DELAY, calls))
 
 
-def counter_j(energy_j: float, before_j: float, sd_j: float, seed: int, t_s: float) -> float:
-    """What an energy counter shows of `energy_j` from its update at `t_s` on.
+class Noise:
+    """The noise of one GPU: of its steps and of its energy counter.
 
-    It was at `before_j`, and never runs backwards; `sd_j` is the noise's standard deviation.
-    """
-    if not sd_j:
-        return energy_j
-    return max(energy_j + sd_j * standard_normal(seed, _COUNTER, t_s), before_j)
-
-
-@dataclass(frozen=True, slots=True)
-class StepNoise:
-    """How much longer steps take than the profile says: log-normal with mean 1, and rare outliers.
-
-    The mean over steps is `1 + outlier_share (outlier_factor - 1)`.
+    The n-th step since the start takes `factor(n)` times as long: log-normal with mean 1, times
+    `outlier_factor` for rare steps, so that the mean is `1 + outlier_share (outlier_factor - 1)`.
+    It is the same whatever a policy does, and however a series of steps is cut.
     """
 
-    cv: float
-    outlier_share: float
-    outlier_factor: float
+    def __init__(self, profile: NoiseProfile, seed: int) -> None:
+        self.seed = seed
+        self._profile = profile
+        self.has_steps = bool(profile.step_cv or profile.outlier_share)
+        variance = math.log1p(profile.step_cv**2)
+        self._sigma, self._mu = math.sqrt(variance), -variance / 2.0
+        share = profile.outlier_share
+        self._outlier_below = NormalDist().inv_cdf(share) if share else -math.inf
+        # Sums over the steps before each: of factor - 1, and of that times the step's number.
+        self._sums, self._moments = array("d", [0.0]), array("d", [0.0])
 
-    @classmethod
-    def of(cls, noise: NoiseProfile) -> StepNoise:
-        """As a profile says."""
-        return cls(noise.step_cv, noise.outlier_share, noise.outlier_factor)
+    def for_seed(self, seed: int) -> Noise:
+        """The like of another seed, or itself."""
+        return self if seed == self.seed else Noise(self._profile, seed)
 
-    def factor(self, seed: int, start_s: float, steps: int = 1) -> float:
-        """The time of so many like steps from `start_s` on, relative to what it is without noise.
+    def factor(self, step: int) -> float:
+        """How long this step takes, relative to one without noise."""
+        return 1.0 + self.excess(step, 1)[0] if self.has_steps else 1.0
 
-        One draw, with the mean and the variance that the mean of `steps` independent steps has:
-        `cv^2 / steps` (log-normal again, as Fenton and Wilkinson put a sum of log-normals), and a
-        binomial number of outliers.
+    def excess(self, first: int, count: int) -> tuple[float, float]:
+        """Sums over the `count` steps from `first` on: of `factor - 1`, and of that times the
+        step's place from `first`, 0 and up."""
+        start = first % PERIOD_STEPS
+        here = min(count, PERIOD_STEPS - start)
+        self._draw(start + here)
+        total = self._sums[start + here] - self._sums[start]
+        moment = self._moments[start + here] - self._moments[start] - start * total
+        if here < count:
+            later, later_moment = self.excess(first + here, count - here)
+            total, moment = total + later, moment + later_moment + here * later
+        return total, moment
+
+    def counter_j(self, state: DeviceState, energy_j: float, period_j: float) -> float:
+        """What the counter shows of `energy_j` from its update at `state.counter_t_s` on.
+
+        `period_j` is the energy between two updates. A counter never runs backwards.
         """
-        if not (self.cv or self.outlier_share):
-            return 1.0
-        variance = math.log1p(self.cv**2 / steps)
-        draw = standard_normal(seed, _STEP, start_s)
-        factor = math.exp(math.sqrt(variance) * draw - variance / 2.0)
-        if self.outlier_share:
-            uniform = 0.5 * math.erfc(standard_normal(seed, _OUTLIER, start_s) / math.sqrt(2.0))
-            outliers = _binomial(uniform, steps, self.outlier_share)
-            factor += outliers * (self.outlier_factor - 1.0) / steps
-        return factor
+        if not self._profile.counter_noise:
+            return energy_j
+        draw = standard_normal(state.seed, _COUNTER, state.counter_t_s)
+        noisy_j = energy_j + self._profile.counter_noise * period_j * draw
+        return max(noisy_j, state.counter_energy_j)
 
-    def in_series(self, series: Series, seed: int, start_s: float, until_s: float) -> Series:
-        """A series that has until `until_s`, with noise: one factor for all its steps.
-
-        How many steps the factor is drawn for must not depend on it, or short ones would be
-        preferred: as many as surely fit. The last steps before `until_s` are left to be run one by
-        one, or, if none but the first may fit, it has the factor it would have by itself.
-        """
-        limit_s, durations_s = until_s - start_s, series.durations_s
-        steps = durations_s.count_within(limit_s, series.steps)
-        if not steps or not (self.cv or self.outlier_share):
-            return series
-        margin = 1.0 + _MARGIN_SD * self.cv / math.sqrt(steps)
-        steps = max(durations_s.count_within(limit_s / margin, steps), 1)
-        return series.stretched(self.factor(seed, start_s, steps), steps)
-
-
-def _binomial(uniform: float, trials: int, share: float) -> int:
-    """The number of successes at which the distribution function reaches `uniform`."""
-    successes, probability = 0, (1.0 - share) ** trials
-    while uniform > probability and successes < trials:
-        uniform -= probability
-        successes += 1
-        probability *= (trials - successes + 1) / successes * share / (1.0 - share)
-    return successes
+    def _draw(self, steps: int) -> None:
+        """Have the sums of so many steps."""
+        if steps < len(self._sums):
+            return
+        outlier = self._profile.outlier_factor
+        for step in range(len(self._sums) - 1, min(steps + _CHUNK_STEPS, PERIOD_STEPS)):
+            factor = math.exp(self._mu + self._sigma * standard_normal(self.seed, _STEP, step))
+            if self._outlier_below > -math.inf:
+                is_outlier = standard_normal(self.seed, _OUTLIER, step) < self._outlier_below
+                factor *= outlier if is_outlier else 1.0
+            self._sums.append(self._sums[step] + factor - 1.0)
+            self._moments.append(self._moments[step] + step * (factor - 1.0))

@@ -5,11 +5,14 @@ import math
 import statistics
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from agft_ray.simulation.decode_series import NoisyProgression
 from agft_ray.simulation.device import Device
 from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.engine_config import EngineConfig
-from agft_ray.simulation.noise import StepNoise
+from agft_ray.simulation.noise import PERIOD_STEPS, Noise
 from agft_ray.simulation.physics import (
     StepWork,
     effective_sm_clock_mhz,
@@ -25,6 +28,7 @@ MODEL = "llama-3.1-8b"
 DECODE = StepWork(0, 32, 30_000)
 PREFILL = StepWork(1500, 8, 8000, 0.02)
 PLAIN = load_gpu_profile("rtx_a6000")
+NOISE = Noise(NoiseProfile(step_cv=0.1, outlier_share=0.01), 5)
 QUIET = {"noise.outlier_share": 0.0}
 
 
@@ -36,41 +40,78 @@ def device(gpu=PLAIN, **options):
     return Device(gpu, gpu.model_profile(MODEL), **options)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 100])
-@pytest.mark.parametrize("outlier_share", [0.0, 0.02])
-def test_the_time_of_a_series_has_the_mean_and_variance_of_a_sum_of_steps(steps, outlier_share):
-    noise = StepNoise(cv=0.05, outlier_share=outlier_share, outlier_factor=3.0)
-    factors = [noise.factor(7, 0.25 * k, steps) for k in range(40_000)]
-    variance = (0.05**2 + 4.0 * outlier_share * (1 - outlier_share)) / steps
-    error = 4 * math.sqrt(variance / len(factors))
-    assert statistics.fmean(factors) == pytest.approx(1 + 2 * outlier_share, abs=error)
-    assert statistics.pvariance(factors) == pytest.approx(variance, rel=0.06)
+def noise_of(seed=7, **fields):
+    return Noise(NoiseProfile(**fields), seed)
+
+
+def factors_of(noise, count=PERIOD_STEPS):
+    return [noise.factor(step) for step in range(count)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02])
+def test_step_times_have_the_mean_and_spread_of_the_profile(share):
+    factors = factors_of(noise_of(step_cv=0.05, outlier_share=share, outlier_factor=3.0))
+    mean = 1 + 2 * share
+    variance = (1 + 0.05**2) * (1 + 8 * share) - mean**2
+    assert statistics.fmean(factors) == pytest.approx(mean, abs=4 * math.sqrt(variance / 2**16))
+    assert statistics.pvariance(factors) == pytest.approx(variance, rel=0.05)
+
+
+@pytest.mark.parametrize("steps", [4, 64])
+def test_sums_of_steps_vary_as_those_of_independent_steps(steps):
+    noise = noise_of(step_cv=0.05)
+    means = [noise.excess(k, steps)[0] / steps for k in range(0, PERIOD_STEPS, steps)]
+    assert statistics.fmean(means) == pytest.approx(0, abs=4 * 0.05 / 2**8)
+    assert statistics.pstdev(means) == pytest.approx(0.05 / math.sqrt(steps), rel=0.08)
 
 
 def test_the_noise_of_a_step_is_log_normal():
-    noise = StepNoise(cv=0.05, outlier_share=0.0, outlier_factor=3.0)
-    logs = sorted(math.log(noise.factor(7, 0.25 * k)) for k in range(40_000))
+    logs = sorted(math.log(factor) for factor in factors_of(noise_of(step_cv=0.05)))
     sigma = math.sqrt(math.log1p(0.05**2))
     normal = statistics.NormalDist(-(sigma**2) / 2, sigma)
     for share in (0.025, 0.5, 0.975):
-        found = logs[int(share * len(logs))]
-        assert found == pytest.approx(normal.inv_cdf(share), abs=0.04 * sigma)
+        assert logs[int(share * len(logs))] == pytest.approx(
+            normal.inv_cdf(share), abs=0.04 * sigma
+        )
 
 
 def test_outliers_are_as_rare_and_as_long_as_the_profile_says():
-    noise = StepNoise(cv=0.0, outlier_share=0.002, outlier_factor=5.0)
-    factors = [noise.factor(7, 0.25 * k) for k in range(100_000)]
-    assert set(factors) == {1.0, 5.0}
-    assert factors.count(5.0) == pytest.approx(200, abs=4 * math.sqrt(200))
+    factors = factors_of(noise_of(outlier_share=0.002, outlier_factor=5.0))
+    expected = 0.002 * PERIOD_STEPS
+    slow = sum(factor == pytest.approx(5.0) for factor in factors)
+    assert slow == pytest.approx(expected, abs=4 * math.sqrt(expected))
+    assert sum(factor == pytest.approx(1.0) for factor in factors) == PERIOD_STEPS - slow
 
 
-def test_noise_depends_on_the_seed_and_on_when_a_step_starts_alone():
-    noise = StepNoise(cv=0.05, outlier_share=0.01, outlier_factor=3.0)
-    times_s = [0.1 * k for k in range(100)]
-    factors = {t_s: noise.factor(1, t_s) for t_s in times_s}
-    assert factors == {t_s: noise.factor(1, t_s) for t_s in reversed(times_s)}
-    assert len(set(factors.values())) == 100
-    assert not set(factors.values()) & {noise.factor(2, t_s) for t_s in times_s}
+def test_noise_depends_on_the_seed_and_on_the_number_of_the_step_alone():
+    fields = {"step_cv": 0.05, "outlier_share": 0.01}
+    forwards, backwards = noise_of(**fields), noise_of(**fields)
+    steps = range(0, 5000, 7)
+    later = {step: backwards.factor(step) for step in reversed(steps)}
+    assert {step: forwards.factor(step) for step in steps} == later
+    assert not set(later.values()) & set(factors_of(noise_of(seed=8, **fields), 5000))
+    assert forwards.factor(PERIOD_STEPS + 14) == forwards.factor(14)
+    assert forwards.for_seed(7) is forwards
+    assert forwards.for_seed(8).factor(14) != forwards.factor(14)
+
+
+@settings(deadline=None)  # noise is drawn when it is first asked for
+@given(
+    start=st.integers(0, 3 * PERIOD_STEPS),
+    count=st.integers(0, 300),
+    limit=st.floats(-0.1, 3.0),
+    growth=st.floats(0.0, 1e-4),
+)
+@example(start=PERIOD_STEPS - 40, count=90, limit=0.8, growth=1e-5)
+def test_a_series_is_the_sum_of_its_steps(start, count, limit, growth):
+    series = NoisyProgression(0.01, growth, NOISE, start)
+    terms = [(0.01 + growth * k) * NOISE.factor(start + k) for k in range(count)]
+    assert series.total(count) == pytest.approx(math.fsum(terms), rel=1e-9)
+    assert [series.at(k) for k in range(count)] == pytest.approx(terms)
+    sums = list(itertools.accumulate(terms))
+    assert series.count_within(limit, count) in {
+        sum(total <= limit + error for total in sums) for error in (-1e-9, 1e-9)
+    }
 
 
 def test_a_simulation_has_no_noise_unless_it_is_asked_for():
@@ -83,7 +124,7 @@ def test_a_simulation_has_no_noise_unless_it_is_asked_for():
 @pytest.mark.parametrize("work", [DECODE, PREFILL])
 def test_a_step_with_noise_takes_longer_at_the_same_power(work):
     plain, noisy = device(), device(profile(step_cv=0.05), noise=True, seed=3)
-    factor = StepNoise(0.05, 0.0, 3.0).factor(3, 0.0)
+    factor = noise_of(seed=3, step_cv=0.05).factor(0)
     assert noisy.begin_step(0.0, work) == pytest.approx(factor * plain.begin_step(0.0, work))
     plain.finish_step()
     noisy.finish_step()
@@ -103,7 +144,7 @@ def test_a_step_that_is_re_timed_or_carried_over_keeps_its_noise(carries):
         state = dev.to_state()
         dev = device(gpu, noise=True, seed=99)
         dev.from_state(state)
-    factor = StepNoise(0.05, 0.0, 3.0).factor(3, 0.0)
+    factor = noise_of(seed=3, step_cv=0.05).factor(0)
     clocks = effective_sm_clock_mhz(gpu, model, work, 2100), 300
     before_s, after_s = (factor * step_time_s(model, work, clock) for clock in clocks)
     assert 0.01 < change_s < before_s
@@ -132,14 +173,25 @@ class Served:
         return self.timings[-1].e2e_s
 
 
-@pytest.mark.parametrize("look_s", [0.03, 0.05, 0.5, 1e3])
-@pytest.mark.parametrize("jumps", [True, False])
-def test_noise_leaves_the_mean_step_time_as_it_is_however_often_a_series_is_cut(look_s, jumps):
+@pytest.mark.parametrize("look_s", [0.03, 0.5, 1e3])
+def test_a_run_is_the_same_however_its_series_are_cut(look_s):
+    gpu = PLAIN.with_values({"noise.step_cv": 0.05, "noise.outlier_share": 0.002})
+    whole, cut = Served(gpu, jumps=False, look_s=7.0), Served(gpu, look_s=look_s)
+    assert cut.end_s == pytest.approx(whole.end_s, rel=1e-9)
+    moment_s = whole.end_s + 0.5
+    for run in (whole, cut):
+        run.device.advance(moment_s)
+    assert cut.device.energy_j == pytest.approx(whole.device.energy_j, rel=1e-9)
+    assert cut.device.to_state()["steps"] == whole.device.to_state()["steps"] == 3000
+
+
+def test_noise_leaves_the_mean_step_time_and_the_power_as_they_are():
     steps, cv = 3000, 0.05
-    plain = Served(profile(), noise=False, look_s=look_s)
-    noisy = [Served(profile(step_cv=cv), jumps=jumps, look_s=look_s, seed=k) for k in range(4)]
+    plain = Served(profile(), noise=False)
+    noisy = [Served(profile(step_cv=cv), seed=seed) for seed in range(4)]
     ratio = statistics.fmean(run.end_s for run in noisy) / plain.end_s
     assert ratio == pytest.approx(1.0, abs=4 * cv / math.sqrt(4 * steps))
+    assert noisy[0].end_s != plain.end_s
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another():
