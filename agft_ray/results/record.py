@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import InitVar, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class RunRecord:
     sm_clock_mhz: float | None = None
     """Effective SM clock, mean over time and replicas."""
     choice: str | None = None
-    """What a search chose: '1230', or '1500/1230' for a pair of clocks."""
+    """What a search chose: '1230', or '1500/1230/210' for prefill, decode and idle."""
     role: str | None = None
     """Of a replay: which of the server's replicas, 'tuned', 'holdout' or 'all'."""
     keep: float | None = None
@@ -75,11 +75,6 @@ class RunRecord:
     slo_tpot_s: float | None = None
     profile_change: str | None = None
     """Of a sweep of uncertain numbers: what was changed in the GPU's profile, as 'path=value'."""
-    windows_to_converge: InitVar[None] = None
-    """Is gone; `lower_bound` still sets it to None."""
-
-    def __post_init__(self, windows_to_converge: None) -> None:
-        """Take what is gone."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with distributions as {mean, p50, p95, p99}."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,10 @@ from agft_ray.study.pool import Report
 from agft_ray.study.rows import RunRows, run_rows
 from agft_ray.study.scenario import Scenario
 from agft_ray.virtual.run import FleetSetup, FleetTotals, run_fleet
-from agft_ray.workloads.requests import RequestTimings
+from agft_ray.workloads.requests import Request, RequestTimings
+
+KEPT = 32
+"""Seeds whose requests a process keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ class Job:
     watch: Watch | None = None
     workers: int = 1
     """Processes over which the fleet is spread."""
+    keeps_requests: bool = False
+    """The process keeps the requests in memory for further runs of them, as in a search."""
 
 
 def perform(job: Job, report: Report) -> Run | None:
@@ -79,7 +84,7 @@ def perform(job: Job, report: Report) -> Run | None:
 
         try:
             totals = run_fleet(
-                scenario.requests(job.seed),
+                _requests(job),
                 fleet_setup(scenario, job.spec, job.seed),
                 workers=job.workers,
                 on_request=on_request,
@@ -89,6 +94,17 @@ def perform(job: Job, report: Report) -> Run | None:
         except AbandonedError:
             return None
         return _run(job, rows, totals)
+
+
+def _requests(job: Job) -> Iterable[Request]:
+    if not job.keeps_requests:
+        return job.scenario.requests(job.seed)
+    return _kept_requests(job.scenario.model_dump_json(), job.seed)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _kept_requests(scenario: str, seed: int) -> tuple[Request, ...]:
+    return tuple(Scenario.model_validate_json(scenario).requests(seed))
 
 
 def measure(job: Job, report: Report) -> RunRecord | None:

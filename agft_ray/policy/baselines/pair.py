@@ -1,4 +1,5 @@
-"""The step governor `pair`: one constant clock for steps with prefill, one for the others."""
+"""The step governor `pair`: one constant clock for steps with prefill, one for the others, one
+while the engine is empty."""
 
 from __future__ import annotations
 
@@ -20,10 +21,12 @@ class PairConfig(StrictModel):
     """The clock of steps that compute prompt tokens; between two supported ones, the lower."""
     decode_sm_clock_mhz: Count
     """The clock of steps that only decode."""
+    idle_sm_clock_mhz: Count | Literal["lowest", "default"] = "lowest"
+    """The clock while the engine is empty, `default` leaves that to the driver's governor."""
 
 
 class PairGovernor:
-    """A constant pair of clocks, the lowest clock while the engine is empty; learns nothing."""
+    """Two constant clocks by phase, a third while the engine is empty; learns nothing."""
 
     name = "pair"
     is_steady = True
@@ -51,7 +54,10 @@ class PairGovernor:
 
     def choose_idle(self, arms: Sequence[int]) -> Arm:
         """See `StepGovernor.choose_idle`."""
-        return min(arms, default=None)
+        idle = self._config.idle_sm_clock_mhz
+        if idle == "default" or not arms:
+            return None
+        return min(arms) if idle == "lowest" else at_or_below(arms, idle)
 
     def observe(self, step: StepSample, *, duration_s: float, sm_clock_mhz: int) -> None:
         """Learn how long the step took; see `StepGovernor.observe`."""
@@ -63,4 +69,5 @@ class PairGovernor:
             "phase": "static",
             "prefill_sm_clock_mhz": self._config.prefill_sm_clock_mhz,
             "decode_sm_clock_mhz": self._config.decode_sm_clock_mhz,
+            "idle_sm_clock_mhz": self._config.idle_sm_clock_mhz,
         }

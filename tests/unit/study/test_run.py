@@ -197,7 +197,7 @@ def test_default_clocks_run_once_if_named_too():
 
 
 def test_what_was_never_run_has_no_regret():
-    default, bound = study("lower_bound", seeds=(0,)).run(one_by_one, no_phase)
+    default, bound = study("best_steps", seeds=(0,)).run(one_by_one, no_phase)
     assert default.energy_regret > 0
     names = ("energy_regret_j", "energy_regret", "windows_to_low_regret", "windows_over_bound")
     assert all(bound.value(name) is None for name in names)
@@ -335,6 +335,29 @@ def test_processes_report_and_return():
     done = dict(Processes(2)(twice, [1.0, 2.0, 3.0], lambda number, at: seen.update({number: at})))
     assert done == {0: 2.0, 1: 4.0, 2: 6.0}
     assert set(seen) == {0, 1, 2}
+
+
+def no_progress(number, at):
+    pass
+
+
+def own_pid(job, report):
+    return os.getpid()
+
+
+def test_processes_stay_for_the_next_call_and_for_more_jobs():
+    pool = Processes(1)
+    first, second = (dict(pool(own_pid, [0], no_progress))[0] for _ in range(2))
+    assert first == second != os.getpid()
+    assert len(dict(pool(twice, [1.0] * 300, no_progress))) == 300
+
+
+def test_after_leaving_early_the_pool_starts_anew():
+    pool = Processes(2)
+    for number, result in pool(twice, [1.0, 2.0, 3.0], no_progress):
+        assert result == 2.0 * (number + 1)
+        break
+    assert dict(pool(twice, [4.0], no_progress)) == {0: 8.0}
 
 
 def test_leaving_early_stops_the_jobs():

@@ -66,6 +66,17 @@ def test_a_pair_is_two_clocks_and_the_lowest_while_empty():
     assert governor.choose(sample(), ()) is None
 
 
+@pytest.mark.parametrize(
+    ("idle", "chosen"), [("lowest", 210), ("default", None), (1244, 1230), (100, 210)]
+)
+def test_the_clock_while_empty_of_a_pair(idle, chosen):
+    config = PairConfig(prefill_sm_clock_mhz=1500, decode_sm_clock_mhz=1230, idle_sm_clock_mhz=idle)
+    governor = build_governor(config)
+    assert governor.choose_idle(ARMS) == chosen
+    assert governor.choose_idle(()) is None
+    assert governor.status()["idle_sm_clock_mhz"] == idle
+
+
 # -- volta ---------------------------------------------------------------------------------------
 
 
