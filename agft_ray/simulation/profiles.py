@@ -212,6 +212,11 @@ class GpuProfile(StrictModel):
             )
         return self.models[model]
 
+    def numbers(self) -> dict[str, float]:
+        """Every number but those of `ranges`, by its dotted path."""
+        flat = _flatten(self.model_dump(exclude={"ranges"}))
+        return {path: value for path, value in flat if isinstance(value, int | float)}
+
     def with_value(self, path: str, value: float) -> GpuProfile:
         """This profile with one number changed, such as `governor.idle_sm_clock_mhz`.
 
@@ -304,10 +309,10 @@ def _clocks_out_of_range(profile: GpuProfile) -> Iterator[str]:
 
 
 def _crossed_ranges(profile: GpuProfile) -> Iterator[str]:
-    values = dict(_flatten(profile.model_dump(exclude={"ranges"})))
+    values = profile.numbers()
     for key, (low, high) in profile.ranges.items():
         value = values.get(key)
-        if not isinstance(value, int | float):
+        if value is None:
             yield f"ranges.{key}: names no number of this profile"
         elif not low <= value <= high:
             yield f"ranges.{key}: [{low:g}, {high:g}] does not contain the value used, {value:g}"

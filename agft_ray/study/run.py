@@ -188,6 +188,8 @@ def _record(job: Job, rows: RunRows, totals: FleetTotals) -> RunRecord:
         slo_ttft_s=scenario.slo.ttft_s,
         slo_tpot_s=scenario.slo.tpot_s,
         profile_change=scenario.profile_change,
+        noise=scenario.noise,
+        world=scenario.world,
     )
 
 

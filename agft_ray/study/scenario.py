@@ -57,6 +57,8 @@ class Scenario(StrictModel):
     """Numbers of the GPU profile to replace, by dotted path."""
     noise: bool = False
     """Step times and energy counters vary as the GPU profile's section `noise` says."""
+    world: str | None = None
+    """The name of the world (`study.worlds`) that `profile_values` and `noise` make up."""
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
