@@ -443,8 +443,10 @@ def wait_for(path, process):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_ctrl_c_ends_it_at_once_and_leaves_whole_files(tmp_path, jobs):
+@pytest.mark.parametrize(
+    ("jobs", "sent"), [("1", signal.SIGINT), ("2", signal.SIGINT), ("2", signal.SIGTERM)]
+)
+def test_ctrl_c_ends_it_at_once_and_leaves_whole_files(tmp_path, jobs, sent):
     out, file = tmp_path / "rows", tmp_path / "out.json"
     process = started(
         [
@@ -453,7 +455,7 @@ def test_ctrl_c_ends_it_at_once_and_leaves_whole_files(tmp_path, jobs):
         ]
     )
     wait_for(out / "default" / "seed-0", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in text
