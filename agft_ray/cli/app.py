@@ -47,7 +47,7 @@ EXAMPLES = {
     "plot": "agft-ray plot runs/mine --out replay.svg",
     "fetch-data": "agft-ray fetch-data azure2023_conv.csv",
     "calibrate": "agft-ray calibrate measured.csv --base rtx_a6000 --model llama-3.1-8b "
-    "--out mine.yaml",
+    "--card card.yaml --out mine.yaml",
     "bench": "agft-ray bench decision",
     "completion": "agft-ray completion bash > ~/.local/share/bash-completion/completions/agft-ray",
 }
