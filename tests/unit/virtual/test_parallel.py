@@ -50,6 +50,7 @@ def run(requests, setup, workers):
     ("tuner", "changes"),
     [
         (HELD_OUT, {}),
+        (HELD_OUT, {"noise": True}),
         (AGFT_ALONE, {"replicas": 4, "router": "round_robin"}),
         ({"policy": {"name": "default"}}, {"governor": governor}),
     ],
