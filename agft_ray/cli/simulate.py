@@ -39,9 +39,9 @@ EPILOG = (
     "`agft-ray policies NAME` lists its settings. Figures and files: docs/evaluation.md."
 )
 POLICY_HELP = (
-    "repeatable, default: agft. One of: %(choices)s. A clock as in fixed:1230, a pair as in "
-    "pair:1500/1230 (prefill/decode), settings as in agft:alpha=2,seed=3, a policy of your own as "
-    "in my_pkg.mod:MyPolicy:key=value"
+    "repeatable, default: agft. One of: %(choices)s. A clock as in fixed:1230, three as in "
+    "pair:1500/1230/210 (prefill/decode/idle), settings as in agft:alpha=2,seed=3, a policy of "
+    "your own as in my_pkg.mod:MyPolicy:key=value"
 )
 
 
@@ -143,12 +143,15 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--oracle-step-mhz",
         type=int,
-        default=90,
+        default=30,
         metavar="MHZ",
-        help="of oracle_pair's search, default: 90",
+        help="grid of oracle_pair's clocks, default: 30",
     )
     parser.add_argument(
-        "--oracle-objective", choices=["edp", "energy"], default="edp", help="default: edp"
+        "--oracle-objective",
+        choices=["edp", "energy"],
+        default="edp",
+        help="what oracle_pair has the least of within the latency bounds, default: edp",
     )
     parser.add_argument(
         "--sweep-uncertainty",

@@ -12,8 +12,8 @@ import numpy as np
 
 from agft_ray.errors import AgftError
 from agft_ray.files import RUNS_FILE, STUDY_FILE
-from agft_ray.results.convergence import FleetWindows
 from agft_ray.results.labels import DEFAULT
+from agft_ray.results.learning import FleetWindows
 from agft_ray.results.record import RunRecord, policies_of, read_runs
 from agft_ray.study.policy_specs import SEARCHES
 from agft_ray.study.rows import read_columns

@@ -17,6 +17,7 @@ from agft_ray.simulation.physics import (
     step_time_s,
 )
 from agft_ray.simulation.profiles import ActivityDecode, GpuProfile, ModelProfile
+from agft_ray.simulation.work_done import WorkDone
 from agft_ray.types import EventReason, GpuSample
 
 History = Callable[[float, float, int, float, StepWork | None], None]
@@ -44,7 +45,8 @@ class Device:
     Every method takes the time in seconds. The device never moves past the end of a running step
     by itself: an engine that is late in wall time begins its next step exactly there. Only when
     asked for a time more than `stall_grace_s` past it is the engine taken for dead, and the GPU
-    has idled since the step's end. `history` is called for each span of constant power.
+    has idled since the step's end. `history` is called for each span of constant power; `done`,
+    unlike it, leaves series of decode steps in closed form, and adds up what was run.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class Device:
         counter_update_s: float = 0.1,
         stall_grace_s: float = 2.0,
         history: History | None = None,
+        done: WorkDone | None = None,
     ) -> None:
         self.profile = profile
         self._model = model
         self._counter_update_s = counter_update_s
         self._stall_grace_s = stall_grace_s
         self._history = history
+        self._done = done
         self._state = DeviceState(seed)
         self._busy: _Point | None = None
         self._end_s: float | None = None
@@ -167,7 +171,7 @@ class Device:
         series = self._curves.series(work, target, max_steps)
         steps = series.durations_s.count_within(until_s - s.t_s, series.steps)
         if steps:
-            self._accumulate_series(series, steps)
+            self._accumulate_series(work, series, steps)
         return steps, s.t_s
 
     def advance(self, t_s: float) -> None:
@@ -256,18 +260,28 @@ class Device:
             s.counter_energy_j = s.energy_j + point.power_w * (s.counter_t_s - s.t_s)
         if self._history is not None:
             self._history(s.t_s, end_s, point.sm_clock_mhz, point.power_w, s.work)
-        s.energy_j += point.power_w * (end_s - s.t_s)
-        s.sm_clock_mhz_s += point.sm_clock_mhz * (end_s - s.t_s)
+        span_s = end_s - s.t_s
+        energy_j = point.power_w * span_s
+        if self._done is not None and s.work is not None:
+            share = span_s / point.step_s
+            self._done.add(s.work, share, share * s.work.context_tokens, span_s, energy_j)
+        s.energy_j += energy_j
+        s.sm_clock_mhz_s += point.sm_clock_mhz * span_s
         s.t_s = end_s
 
-    def _accumulate_series(self, series: Series, steps: int) -> None:
+    def _accumulate_series(self, first: StepWork, series: Series, steps: int) -> None:
         s, span_s = self._state, series.durations_s.total(steps)
         end_s = s.t_s + span_s
         update_s = math.floor(end_s / self._counter_update_s) * self._counter_update_s
         if update_s > s.counter_t_s:
             s.counter_t_s = min(update_s, end_s)
             s.counter_energy_j = s.energy_j + series.energy_j(s.counter_t_s - s.t_s, steps)
-        s.energy_j += series.energies_j.total(steps)
+        energy_j = series.energies_j.total(steps)
+        if self._done is not None:
+            grown = first.decode_sequences * (steps * (steps - 1) / 2)
+            context_tokens = steps * first.context_tokens + grown
+            self._done.add(first, steps, context_tokens, span_s, energy_j)
+        s.energy_j += energy_j
         s.sm_clock_mhz_s += series.sm_clock_mhz * span_s
         s.t_s = s.idle_since_s = end_s
         self._busy = None

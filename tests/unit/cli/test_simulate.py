@@ -201,11 +201,16 @@ def test_the_screen_of_a_study():
     """As one with several seeds, and as one with a single seed, whose runs keep an SLO or not."""
     several = records_of("default", "agft", "best_static")
     single = [
-        replace(record, slo_attainment=share, choice=choice)
-        for record, share, choice in zip(
+        replace(record, slo_attainment=share, choice=choice, **clocks)
+        for record, share, choice, clocks in zip(
             records_of("default", "agft", "best_static", seeds=(0,)),
             (1.0, 0.975, None),
             (None, None, "1230,1230"),
+            (
+                {"energy_regret": 0.858, "windows_over_bound": 0.0},
+                {"energy_regret": 0.0669, "windows_over_bound": 0.51, "windows_to_low_regret": 210},
+                {},
+            ),
             strict=True,
         )
     ]
@@ -239,15 +244,28 @@ def test_progress_is_lines_where_there_is_no_terminal():
     assert re.findall(r"\d+", last) == ["2", "2", "75"], "run 2 of 2 is the latest to begin"
 
 
+def test_a_search_is_one_phase_whose_runs_become_more():
+    now = iter(range(0, 1000, 20))
+    console = Console(file=io.StringIO(), width=80)
+    with study_progress(100.0, console=console, now_s=lambda: next(now)) as on_phase:
+        on_phase("oracle_pair", 1)(0, 100.0)
+        on_phase("oracle_pair", 2)(1, 50.0)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "oracle_pair: 1 run"
+    assert lines[1] == "oracle_pair: run 1 of 1, 100 s simulated"
+    assert lines[2] == "oracle_pair: run 2 of 3, 150 s simulated"
+
+
 def test_progress_is_a_bar_on_a_terminal():
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     with study_progress(100.0, console=console) as on_phase:
         on_progress = on_phase("default clocks", 1)
         on_progress(0, 40.0)
         on_phase("policies", 2)(1, 60.0)
+        on_phase("policies", 1)(0, 30.0)
     text = console.file.getvalue()
     assert "policies" in text
-    assert "60 s simulated" in text
+    assert "90 s simulated" in text
 
 
 # -- uncertain numbers -----------------------------------------------------------------------------
