@@ -49,8 +49,12 @@ class Section:
         parts = [f"{first.model} on {first.replicas} × {first.gpu}", str(first.trace)]
         if first.keep not in (None, 1.0):
             parts.append(f"{first.keep:g} of its requests")
-        if first.profile_change:
+        if first.world:
+            parts.append(f"in world {first.world}")
+        elif first.profile_change:
             parts.append(f"with {first.profile_change}")
+        if first.noise and not first.world:
+            parts.append("with noise")
         return ", ".join(parts)
 
     @property
@@ -155,6 +159,8 @@ def _scenario(record: RunRecord) -> tuple[Any, ...]:
         record.keep,
         record.router,
         record.profile_change,
+        bool(record.noise),
+        record.world,
     )
 
 

@@ -75,6 +75,10 @@ class RunRecord:
     slo_tpot_s: float | None = None
     profile_change: str | None = None
     """Of a sweep of uncertain numbers: what was changed in the GPU's profile, as 'path=value'."""
+    noise: bool | None = None
+    """Whether step times and energy counters had noise; None of a replay."""
+    world: str | None = None
+    """Of --worlds: its name."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with distributions as {mean, p50, p95, p99}."""

@@ -129,6 +129,7 @@ def fleet_setup(scenario: Scenario, spec: PolicySpec, seed: int) -> FleetSetup:
         seed=seed,
         duration_s=scenario.duration_s or 0.0,
         grid_s=scenario.window_s,
+        noise=scenario.noise,
     )
 
 
@@ -187,6 +188,8 @@ def _record(job: Job, rows: RunRows, totals: FleetTotals) -> RunRecord:
         slo_ttft_s=scenario.slo.ttft_s,
         slo_tpot_s=scenario.slo.tpot_s,
         profile_change=scenario.profile_change,
+        noise=scenario.noise,
+        world=scenario.world,
     )
 
 

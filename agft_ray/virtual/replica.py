@@ -54,6 +54,7 @@ class FleetSetup:
         grid_s: length of the measured windows, which are the same for every policy.
         share_interval_s: time between exchanges of experience, where the tuner shares it.
         jumps: jump over series of decode steps; without, the same takes longer.
+        noise: step times and energy counters vary as the profile's section `noise` says.
     """
 
     gpu: GpuProfile
@@ -68,6 +69,7 @@ class FleetSetup:
     grid_s: float = 2.0
     share_interval_s: float = 1.0
     jumps: bool = True
+    noise: bool = False
 
     def stream(self, replica: int) -> int:
         """A seed for one replica, independent of the others'."""
@@ -158,7 +160,9 @@ class VirtualReplica:
         self.clock = ManualClock()
         self._setup, self._listeners = setup, listeners
         self._done = WorkDone()
-        self._device = Device(setup.gpu, model, seed=setup.stream(index), done=self._done)
+        self._device = Device(
+            setup.gpu, model, seed=setup.stream(index), noise=setup.noise, done=self._done
+        )
         self._best = BestClocks(setup.gpu, model, setup.tuner.slo)
         core = BatchingEngine(
             setup.engine.for_model(model), functools.partial(prefill_attention_s, model)
