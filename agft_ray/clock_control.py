@@ -1,12 +1,13 @@
-"""The loop's hand on the clocks: claims the right to set them, sets them, lets go."""
+"""The loop's hand on the clocks: claims the right to set them, follows a plan, lets go."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from collections.abc import Sequence
 
 from agft_ray.clock import Clock
+from agft_ray.clock_standing import AS_FOUND, AT_DEFAULT, Hold, Standing
+from agft_ray.clock_standing import Obstacle as Obstacle
 from agft_ray.errors import (
     GpuArgumentError,
     GpuError,
@@ -17,7 +18,17 @@ from agft_ray.errors import (
     LeaseLostError,
 )
 from agft_ray.gpu.base import Gpu
-from agft_ray.types import THROTTLED, Actuator, Arm, EventReason, GpuSample
+from agft_ray.switch import Pace
+from agft_ray.types import (
+    THROTTLED,
+    Actuator,
+    Arm,
+    EventReason,
+    GpuSample,
+    Phase,
+    Plan,
+    Window,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,89 +43,26 @@ taken to keep none."""
 _REFUSED = (GpuPermissionError, GpuNotSupportedError, GpuUnavailableError)
 
 
-class Obstacle(StrEnum):
-    """What keeps us from setting clocks, in one word."""
-
-    NONE = ""
-    HELD = "held"
-    """Another process has the right to, at the moment."""
-    REFUSED = "refused"
-    """The GPU does not let us, until new settings come."""
-    YIELDED = "yielded"
-    """Somebody else sets them, until new settings come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """Whether clocks are ours to set, and if not, why."""
-
-    obstacle: Obstacle = Obstacle.NONE
-    reason: str = ""
-
-    @property
-    def is_withdrawn(self) -> bool:
-        """Not to be tried again before new settings come."""
-        return self.obstacle in (Obstacle.REFUSED, Obstacle.YIELDED)
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """What we know of the clocks.
-
-                    locked  ours  due
-    AS_FOUND                no    yes   whatever others left
-    AT_DEFAULT              no    no    after our reset
-    after(arm)      arm     yes   no    after our lock
-    .attempted()    same    yes   same  a lock that is being set, or failed on the way
-    .doubted()      same    same  yes   a lock not in force, a reset that failed
-    .given_up()             same  yes   withdrawn; still ours if the reset failed
-    .seen_at(arm)   arm     same  same  a lock that is not the one we set
-    """
-
-    locked: Arm = None
-    ours: bool = False
-    """Clocks are locked by us, or may be: we are to reset them."""
-    due: bool = False
-    """The next arm is to be set even if it is the one locked, and the first one is none."""
-
-    @staticmethod
-    def after(arm: Arm) -> Hold:
-        """What is held once a clock was set, or reset."""
-        return AT_DEFAULT if arm is None else Hold(arm, ours=True)
-
-    def attempted(self) -> Hold:
-        """A call that may lock is under way: whatever becomes of it, a reset is owed."""
-        return replace(self, ours=True)
-
-    def doubted(self) -> Hold:
-        """The lock may not be in force: it is to be set again."""
-        return replace(self, due=True)
-
-    def given_up(self) -> Hold:
-        """Withdrawn: still ours where its reset has failed."""
-        return replace(self, locked=None, due=True)
-
-    def seen_at(self, arm: Arm) -> Hold:
-        """The same, with another clock in force."""
-        return replace(self, locked=arm)
-
-
-AS_FOUND = Hold(due=True)
-AT_DEFAULT = Hold()
-
-
 class ClockControl:
     """What one tuner has locked, and whether it may.
 
-    Every method belongs to the loop's thread.
+    It follows a plan: what is locked is the plan's arm for what the engine does. Whatever resets
+    clocks ends the plan. Every method belongs to the loop's thread.
     """
 
     def __init__(self, gpu: Gpu, clock: Clock) -> None:
         self._gpu, self._clock = gpu, clock
         self._standing, self._hold = Standing(), AS_FOUND  # changed by `_become` alone
-        self.settled_s = 0.0
-        """When the last change is over; no window may begin before."""
-        self.changes = 0
+        self.plan = Plan.of(None)
+        """The plan in force."""
+        self.phase = Phase.PREFILL
+        """What the engine does, as last told."""
+        self.phase_s = self.settled_s = 0.0
+        """When that was told; when the last change of plan is over: no window may begin before."""
+        self.changes = self.phase_changes = 0
+        """Of what is locked; those within a plan among them."""
+        self._pace, self._steady_s = Pace(), 0.0
+        self._seen: GpuSample | None = None
         self.dropped: set[int] = set()
         """Arms that the GPU does not keep or offer, whatever it says."""
         self._mismatches = self._refusals = 0  # in a row
@@ -141,8 +89,9 @@ class ClockControl:
 
     @locked.setter
     def locked(self, arm: Arm) -> None:
-        """What was seen to be locked instead, by somebody else."""
+        """What was seen to be locked instead, by somebody else; there is nothing to switch then."""
         self._become(hold=self._hold.seen_at(arm))
+        self.plan = Plan.of(arm)
 
     @property
     def reset_due(self) -> bool:
@@ -175,7 +124,7 @@ class ClockControl:
             return False
         self._become(Standing())
         if self.reset_due:
-            self.set(None, settle_s)
+            self.set(Plan.of(None), settle_s)
         return not self.is_withdrawn
 
     def _claim(self) -> None:
@@ -189,17 +138,49 @@ class ClockControl:
         """Clocks were taken back, and have been reset by whoever did it."""
         log.warning("%s", error)
         self._become(hold=AS_FOUND)
+        self.plan = Plan.of(None)
 
-    def set(self, arm: Arm, settle_s: float) -> None:
-        """Lock or reset, only when it changes something; then let the clock settle.
+    def set(self, plan: Plan, settle_s: float) -> None:
+        """Follow this plan from now on. What is new in it, or set anew, is to settle first.
 
         Raises `GpuTransientError` or `GpuLostError`; what is permanent is dealt with here.
         """
-        if arm == self.locked and not self.reset_due:
+        was_due, arm, self._seen = self.reset_due, plan.at(self.phase), None
+        if not self._lock(arm, settle_s):
             return
+        if plan != self.plan or was_due:
+            self.settled_s = self._clock.now_s() + settle_s
+        self.plan = plan
+
+    def enter(self, phase: Phase, settle_s: float) -> None:
+        """The engine does this from now on. Raises as `set`."""
+        if phase is not self.phase:
+            self.phase, self.phase_s = phase, self._clock.now_s()
+        self.catch_up(settle_s)
+
+    def catch_up(self, settle_s: float) -> None:
+        """Set the plan's arm for the present phase, if it is not, unless too much has changed
+        lately; what the GPU does not keep is passed over for default clocks. Raises as `set`."""
+        arm = self.plan.at(self.phase)
+        if arm in self.dropped:
+            arm = None
+        if self.plan.is_uniform or arm == self.locked:
+            return
+        now_s, before = self._clock.now_s(), self.changes
+        if not self._pace.allows(now_s, lowers=_is_lower(arm, self.locked)):
+            return
+        self._lock(arm, settle_s)
+        if self.changes > before:
+            self._pace.count(now_s)
+            self.phase_changes += 1
+
+    def _lock(self, arm: Arm, settle_s: float) -> bool:
+        """Lock or reset, only when it changes something; False if that did not succeed."""
+        if arm == self.locked and not self.reset_due:
+            return True
         if arm in self.dropped and arm != self.locked:
             self._count_refusal(arm, "it was dropped, and there is no other")
-            return
+            return False
         try:
             if arm is None:
                 self._gpu.reset()
@@ -211,21 +192,52 @@ class ClockControl:
                 raise
             self.dropped.add(arm)
             self._count_refusal(arm, str(error))
-            return
+            return False
         except LeaseLostError as error:
             self._forget(error)
-            return
+            return False
         except _REFUSED as error:
             self._withdraw(Obstacle.REFUSED, str(error))
-            return
+            return False
         if arm is not None:
             self._refusals = 0
         self.changes += arm != self.locked
         self._become(hold=Hold.after(arm))
-        self.settled_s = self._clock.now_s() + settle_s
+        self._steady_s = self._clock.now_s() + settle_s
+        return True
+
+    def others(self, readings: Sequence[GpuSample], plan: Plan, is_ours: bool) -> str:
+        """How the locks of a window's readings show that somebody else has set clocks, or ""."""
+        found, last = {reading.locked for reading in readings}, readings[-1].locked
+        if len(found) > 1 and not found <= set(plan.arms):
+            return "the lock changed within the window"
+        if not is_ours or last == self.locked:
+            return ""
+        expected, self.locked = self.locked, last
+        return f"locked at {last}, not at {expected}: somebody else sets clocks"
+
+    def judge(self, window: Window) -> str:
+        """Whether the window shows that what we are told of phases or clocks is wrong.
+
+        First tokens without a word of a prompt mean that the switch hangs or is gone: prompts then
+        have their clock until it tells again, and this is said. Of a busy window the last reading
+        whose lock had been in force for long is checked; see `check`.
+        """
+        is_silent = self.phase is not Phase.PREFILL and self.phase_s < window.start_s
+        if is_silent and window.ttft_count and not self.plan.is_uniform:
+            self.phase = Phase.PREFILL
+            return "first tokens came, and the switch has told of no prompt"
+        if self._seen is not None and not window.is_idle:
+            self.check(self._seen)
+        return ""
+
+    def see(self, reading: GpuSample) -> None:
+        """Keep it for `judge` if its lock has been in force long enough to be followed."""
+        if reading.t_s >= self._steady_s:
+            self._seen = reading
 
     def check(self, reading: GpuSample) -> None:
-        """Compare the clock at the end of a busy window with the lock: NVML reports success for
+        """Compare the clock of a reading in a busy window with its lock: NVML reports success for
         clocks it clamps, and for locks that somebody else replaces a moment later.
 
         One mismatch has the lock set again (a reloaded driver forgets it). A second one below the
@@ -233,14 +245,15 @@ class ClockControl:
         alone. Clocks above the lock mean that it is not in force, so that somebody else sets them:
         then we yield, without a reset that would undo what they did.
         """
-        if self.locked is None or not self._is_evidence(reading):
+        lock = reading.locked
+        if lock is None or not self._is_evidence(reading):
             return
-        off_mhz = reading.sm_clock_mhz - self.locked
-        if abs(off_mhz) <= CLOCK_TOLERANCE * self.locked:
+        off_mhz = reading.sm_clock_mhz - lock
+        if abs(off_mhz) <= CLOCK_TOLERANCE * lock:
             self._mismatches = 0
             return
         self._mismatches += 1
-        found = f"locked at {self.locked} MHz, running at {reading.sm_clock_mhz} MHz"
+        found = f"locked at {lock} MHz, running at {reading.sm_clock_mhz} MHz"
         log.warning("%s (%d in a row)", found, self._mismatches)
         if off_mhz > 0 and self._mismatches >= MISMATCHES_TO_DROP:
             self._yield(found)
@@ -250,7 +263,7 @@ class ClockControl:
                 f"{found}: the GPU keeps no clock; see its limits, then send new settings",
             )
         elif self._mismatches % MISMATCHES_TO_DROP == 0:
-            self.dropped.add(self.locked)
+            self.dropped.add(lock)
         else:
             self._become(hold=self._hold.doubted())
 
@@ -258,27 +271,28 @@ class ClockControl:
         limits = THROTTLED | EventReason.SW_POWER_CAP | EventReason.GPU_IDLE
         return (
             self._gpu.actuator is Actuator.SM_CLOCK
-            and reading.locked == self.locked
+            and reading.locked in self.plan.arms
             and not reading.event_reasons & limits
         )
 
     def let_go(self, *, for_good: bool = False) -> bool:
         """Reset the clocks if they are or may be ours, and give the right back; False if the reset
         fails. Then the right is kept, for another try, unless this is the last one."""
-        is_reset = not self._hold.ours or self.reset()
+        is_reset = self.reset_own()
         if is_reset or for_good:
             self._gpu.release()
             self._become(hold=self._hold.doubted())
         return is_reset
 
-    def reset_own(self) -> None:
-        """Reset the clocks if they are or may be ours."""
-        if self._hold.ours:
-            self.reset()
+    def reset_own(self) -> bool:
+        """End the plan, and reset the clocks if they are or may be ours; False if that fails."""
+        self.plan = Plan.of(None)
+        return not self._hold.ours or self.reset()
 
     def reset(self) -> bool:
         """Reset the clocks whatever state things are in; False, and still due, if that fails."""
         self._become(hold=self._hold.doubted())
+        self.plan = Plan.of(None)
         try:
             self._gpu.reset()
         except GpuError:
@@ -300,6 +314,7 @@ class ClockControl:
         if self.state is not Obstacle.HELD:
             log.warning("observing only: %s", reason)
         self._become(Standing(Obstacle.HELD, reason), AS_FOUND)
+        self.plan = Plan.of(None)
 
     def _withdraw(self, obstacle: Obstacle, reason: str) -> None:
         log.error("clocks are not set any more: %s", reason)
@@ -314,3 +329,8 @@ class ClockControl:
             Obstacle.YIELDED,
             f"{found}: somebody else sets clocks; end that, then send new settings",
         )
+
+
+def _is_lower(arm: Arm, than: Arm) -> bool:
+    """Default clocks are above all others."""
+    return arm is not None and (than is None or arm < than)

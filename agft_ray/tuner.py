@@ -4,7 +4,6 @@ whenever it cannot know. Plain Python; GPU, metrics, policy and clock are inject
 
 from __future__ import annotations
 
-import bisect
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -14,6 +13,7 @@ from agft_ray.clock import Clock
 from agft_ray.clock_control import ClockControl
 from agft_ray.errors import GpuError, GpuLostError, GpuTransientError, StaleMetricsError
 from agft_ray.gpu.base import Gpu
+from agft_ray.policy.arms import nearest
 from agft_ray.policy.base import Policy
 from agft_ray.policy.experience import Prior
 from agft_ray.policy.registry import build_policy
@@ -33,6 +33,8 @@ from agft_ray.types import (
     GpuSample,
     Mode,
     Outcome,
+    Phase,
+    Plan,
     Window,
 )
 
@@ -72,8 +74,8 @@ class Tuner:
 
     `run` is a generator of wake-up times on `clock`: whoever drives it sleeps until the time it
     yields (or less: being resumed early is harmless) and resumes it; under Ray that is a thread,
-    in virtual time the event loop of the simulation. All other methods may be called from other
-    threads; they take effect at the loop's next step.
+    in virtual time the event loop of the simulation. All other methods but `enter` may be called
+    from other threads; they take effect at the loop's next step.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Tuner:
         self._stopped = False
         self._controls = False
         self._context: Context | None = None
+        self._raised: deque[Exception] = deque(maxlen=1)  # by `enter`
         self._idle = self._blind = self._beyond_slo = self._cooldown = self._faults = 0
         self._apply(config)
 
@@ -149,10 +152,13 @@ class Tuner:
             return self._arms
         return tuple(arm for arm in self._arms if arm not in dropped) or self._arms
 
-    @property
-    def clock_changes(self) -> int:
-        """How often what is locked has changed."""
-        return self.control.changes
+    def enter(self, phase: Phase) -> None:
+        """The engine does this now: have the plan's clock for it. To be called by whoever drives
+        the loop, between its steps; a fault is the loop's, at its next step."""
+        try:
+            self.control.enter(phase, self.config.settle_s)
+        except Exception as error:
+            self._raised.append(error)
 
     @property
     def waits_for_work(self) -> bool:
@@ -214,11 +220,11 @@ class Tuner:
         reward = self._learn(window) if window else None
         decision = self._decide(window, note)
         if self._controls and not self.control.is_withdrawn:
-            self.control.set(decision.arm, self.config.settle_s)
+            self.control.set(decision.chosen, self.config.settle_s)
         self._on_record(WindowRecord(self.clock.now_s(), window, reward, decision, note))
 
     def _observe(self) -> Generator[float, None, tuple[Window | None, str]]:
-        """One window under the present clock; or None, and why there is none."""
+        """One window under the present plan; or None, and why there is none."""
         config = self.config
         start_s = max(self.clock.now_s(), self.control.settled_s)
         end_s = start_s + config.window_s
@@ -227,22 +233,19 @@ class Tuner:
         while (now_s := self.clock.now_s()) < end_s:
             if self._stopped or self._pending:
                 return None, INTERRUPTED
-            if self.is_cut_off and self.control.locked is not None:
+            if self.is_cut_off and not self.control.plan.is_default:
                 return None, CUT_OFF
-            if self.waits_for_work and not self._engine_is_idle():
+            if self.waits_for_work and not self.engine.is_idle(now_s, self._stale_after_s):
                 return None, WOKEN
             yield min(now_s + config.window_s / self._readings_per_window, end_s)
             readings.append(self._read())
-        arm = readings[-1].locked
-        if any(reading.locked != arm for reading in readings):
-            return None, "the lock changed within the window"
-        if self._controls and arm != self.control.locked:
-            expected, self.control.locked = self.control.locked, arm
-            return None, f"locked at {arm}, not at {expected}: somebody else sets clocks"
+        plan = self.control.plan if self._controls else Plan.of(readings[-1].locked)
+        if problem := self.control.others(readings, plan, self._controls):
+            return None, problem
         try:
             self.engine.latest(self.clock.now_s(), self._stale_after_s)
             window = close_window(
-                arm=arm,
+                plan=plan,
                 window_s=config.window_s,
                 engine=self.engine.since(start_s),
                 gpu=readings,
@@ -250,20 +253,17 @@ class Tuner:
             )
         except (StaleMetricsError, WindowRejectedError) as error:
             return None, str(error)
-        if self._controls and not window.is_idle:
-            self.control.check(readings[-1])
+        if self._controls and (problem := self.control.judge(window)):
+            return None, problem
         return window, ""
 
     def _read(self) -> GpuSample:
+        if self._raised:
+            raise self._raised.pop()
+        self.control.catch_up(self.config.settle_s)
         self.reading = self.gpu.read()
+        self.control.see(self.reading)
         return self.reading
-
-    def _engine_is_idle(self) -> bool:
-        """Whether the engine is known to be empty; missing statistics are not."""
-        try:
-            return self.engine.latest(self.clock.now_s(), self._stale_after_s).is_idle
-        except StaleMetricsError:
-            return False
 
     def _learn(self, window: Window) -> float | None:
         """Hand the window to the policy if it is evidence about its clock; returns its reward."""
@@ -275,13 +275,11 @@ class Tuner:
         return reward
 
     def _observed_arm(self, window: Window) -> Arm:
-        """The SM clock that was really there; a power limit is what it was set to."""
-        if window.arm is None or self.gpu.actuator is not Actuator.SM_CLOCK:
+        """The SM clock that was really there, unless it was several; a limit is what was set."""
+        is_one = window.plan is None or window.plan.is_uniform
+        if window.arm is None or not is_one or self.gpu.actuator is not Actuator.SM_CLOCK:
             return window.arm
-        arms = self.gpu.arms
-        above = bisect.bisect_left(arms, window.sm_clock_mhz)
-        neighbours = arms[max(above - 1, 0) : above + 1]
-        return min(neighbours, key=lambda clock: abs(clock - window.sm_clock_mhz))
+        return nearest(self.gpu.arms, window.sm_clock_mhz)
 
     def _decide(self, window: Window | None, note: str) -> Decision:
         """The next arm. Default clocks wherever the loop cannot know or must not interfere."""
@@ -302,7 +300,7 @@ class Tuner:
         if self._context is None:
             return Decision(None, "no load yet")
         if (window is None or throttled) and not was_waiting:
-            return Decision(self.control.locked, "hold")
+            return Decision.of(self.control.plan, "hold")
         return self.policy.select(self._context, self.arms)
 
     def _reason_to_rest(self, throttled: bool) -> TunerState | None:
@@ -311,7 +309,7 @@ class Tuner:
         too_slow = self._beyond_slo >= self.config.slo_windows
         if cannot_know and throttled:
             self._cooldown = self.config.cooldown_windows
-        elif not cannot_know and too_slow and self.control.locked is not None:
+        elif not cannot_know and too_slow and not self.control.plan.is_default:
             self._beyond_slo, self._cooldown = 0, self.config.cooldown_windows
         reasons = (
             (cannot_know and throttled, TunerState.THROTTLED),

@@ -20,6 +20,50 @@ DEFAULT_CLOCKS_KEY = 0
 """How default clocks are written where arms are keyed by MHz (experience, priors, files)."""
 
 
+class Phase(enum.IntEnum):
+    """What an engine does, as far as clocks go; the values are what is sent between processes."""
+
+    PREFILL = 1
+    """Prompts are computed, or wait to be; also where nothing is known."""
+    DECODE = 2
+    """Tokens are generated and no prompt is known that waits for its first one."""
+    IDLE = 3
+    """Nothing is there to be done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The arm for each thing an engine does, chosen once a window and followed within it."""
+
+    prefill: Arm
+    decode: Arm
+    idle: Arm
+
+    @classmethod
+    def of(cls, arm: Arm) -> Plan:
+        """The same whatever the engine does."""
+        return cls(arm, arm, arm)
+
+    @property
+    def arms(self) -> tuple[Arm, Arm, Arm]:
+        """For prefill, decode and an empty engine."""
+        return self.prefill, self.decode, self.idle
+
+    @property
+    def is_uniform(self) -> bool:
+        """One arm: there is nothing to switch."""
+        return self.prefill == self.decode == self.idle
+
+    @property
+    def is_default(self) -> bool:
+        """Default clocks throughout."""
+        return self.arms == (None, None, None)
+
+    def at(self, phase: Phase) -> Arm:
+        """What it has for a phase."""
+        return self.arms[phase - 1]
+
+
 class Actuator(enum.StrEnum):
     """What of a GPU is set, and the unit its arms are in."""
 
@@ -185,7 +229,7 @@ class Window(EngineCounters):
     start_s: float
     end_s: float
     arm: Arm
-    """What was locked during the window."""
+    """What was locked during the window; of a plan with several, that for decode steps."""
     energy_j: float
     """Energy of the window: mean power between the counter's own updates times the duration."""
     mean_power_w: float
@@ -198,6 +242,8 @@ class Window(EngineCounters):
     request_rate_per_s: float
     """From Ray Serve where fresh, else the engine's first tokens per second."""
     serve: ServeWindow | None = None
+    plan: Plan | None = None
+    """The plan in force during the window; None where nobody has told: the arm throughout."""
 
     @property
     def duration_s(self) -> float:
@@ -235,10 +281,24 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A policy's choice and its one-word reason ('baseline', 'sweep', 'explore', 'exploit'...)."""
+    """A policy's choice and its one-word reason ('baseline', 'sweep', 'explore', 'exploit'...).
+
+    `arm` is one for everything, or with a `plan` its arm for decode steps.
+    """
 
     arm: Arm
     reason: str
+    plan: Plan | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def of(cls, plan: Plan, reason: str) -> Decision:
+        """For a plan; one with a single arm is that arm."""
+        return cls(plan.decode, reason, plan=None if plan.is_uniform else plan)
+
+    @property
+    def chosen(self) -> Plan:
+        """The plan: that of the one arm where none was given."""
+        return self.plan or Plan.of(self.arm)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from agft_ray.bench.decision import versions
-from agft_ray.policy.baselines.pair import PairConfig
 from agft_ray.policy.baselines.volta import VoltaConfig
 from agft_ray.policy.registry import GovernorConfig, build_governor
 from agft_ray.policy.step import StepGovernor
@@ -26,13 +25,17 @@ from agft_ray.workloads.requests import Request
 GPU, MODEL = "rtx_a6000", "llama-3.1-8b"
 POLICIES: dict[str, dict[str, Any]] = {
     "fixed:1230": {"name": "fixed", "sm_clock_mhz": 1230},
+    "pair:1470/1230": {
+        "name": "pair",
+        "prefill_sm_clock_mhz": 1470,
+        "decode_sm_clock_mhz": 1230,
+    },
     "agft": {"name": "agft"},
 }
 GOVERNORS: dict[str, GovernorConfig] = {
-    "pair:1470/1230": PairConfig(prefill_sm_clock_mhz=1470, decode_sm_clock_mhz=1230),
     "volta": VoltaConfig(tpot_slo_s=0.05, ttft_slo_s=1.0),
 }
-"""A steady step governor, and one that must see every step."""
+"""What must see every step."""
 FLEET_POLICIES = ("fixed:1230", "volta")
 REPLICAS = 16
 
@@ -88,7 +91,7 @@ class FleetComparison:
 
 
 def bench_simulator(*, rate_per_s: float, duration_s: float, seed: int) -> Iterator[Comparison]:
-    """Time one replica under conversation load: fixed clock, step governors, and learning."""
+    """Time one replica under conversation load: fixed clocks, a step governor, and learning."""
     for name in ("fixed:1230", "pair:1470/1230", "volta", "agft"):
         setup = _setup(name, duration_s, seed)
         stepwise = dataclasses.replace(setup, jumps=False)

@@ -11,7 +11,7 @@ from agft_ray.policy.base import Policy
 from agft_ray.policy.baselines.activity import ActivityConfig, ActivityPolicy
 from agft_ray.policy.baselines.default import DefaultConfig, DefaultPolicy
 from agft_ray.policy.baselines.fixed import FixedConfig, FixedPolicy
-from agft_ray.policy.baselines.pair import PairConfig, PairGovernor
+from agft_ray.policy.baselines.pair import PairConfig, PairPolicy
 from agft_ray.policy.baselines.pid import PidConfig, PidPolicy
 from agft_ray.policy.baselines.predictive import PredictiveConfig, PredictivePolicy
 from agft_ray.policy.baselines.rules import RulesConfig, RulesPolicy
@@ -23,6 +23,7 @@ from agft_ray.policy.step import StepGovernor
 BuiltinConfig = Annotated[
     DefaultConfig
     | FixedConfig
+    | PairConfig
     | AgftConfig
     | AgftReferenceConfig
     | RulesConfig
@@ -39,8 +40,8 @@ PolicyConfig = Annotated[
 ]
 """Settings of any policy."""
 
-GovernorConfig = Annotated[PairConfig | VoltaConfig, Field(discriminator="name")]
-"""Settings of any step governor; the field `name` says which."""
+GovernorConfig = VoltaConfig
+"""Settings of any step governor: there is one."""
 
 
 def build_policy(config: PolicyConfig) -> Policy:
@@ -50,6 +51,8 @@ def build_policy(config: PolicyConfig) -> Policy:
             return DefaultPolicy(config)
         case FixedConfig():
             return FixedPolicy(config)
+        case PairConfig():
+            return PairPolicy(config)
         case AgftConfig():
             return AgftPolicy(config)
         case AgftReferenceConfig():
@@ -68,8 +71,4 @@ def build_policy(config: PolicyConfig) -> Policy:
 
 def build_governor(config: GovernorConfig) -> StepGovernor:
     """A fresh step governor with these settings."""
-    match config:
-        case PairConfig():
-            return PairGovernor(config)
-        case VoltaConfig():
-            return VoltaGovernor(config)
+    return VoltaGovernor(config)

@@ -68,6 +68,11 @@ class BatchingEngine:
         arrived = bool(self._future) and _arrival_s(self._future[0]) <= t_s
         return not (self._running or self._waiting or arrived)
 
+    def pending_prompts(self, t_s: float) -> int:
+        """Requests that have arrived by `t_s` and whose next token needs prefill first."""
+        arrived = bisect.bisect_right(self._future, t_s, key=_arrival_s)
+        return len(self._waiting) + arrived + sum(not s.decoding for s in self._running)
+
     def check(self, request: Request) -> None:
         """Raise `ValueError` if the request can never be served."""
         prompt, output = request.prompt_tokens, request.output_tokens

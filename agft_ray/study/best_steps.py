@@ -119,8 +119,6 @@ def least_energy(
 class _Steps:
     """Steps by kind, as a hook of the engine: how many and their mean, and the time of all."""
 
-    is_steady = False
-
     def __init__(self) -> None:
         self.time_s = 0.0
         self._prefill: list[StepWork] = []

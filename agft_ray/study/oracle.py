@@ -57,7 +57,7 @@ class Axes:
         return len(self.prefill), len(self.decode), len(self.idle) + 1
 
     def spec(self, point: Point) -> PolicySpec:
-        """The step governor of a plan."""
+        """The policy of a plan."""
         prefill, decode, idle = point
         busy_mhz = self.prefill[prefill], self.decode[decode]
         return pair(*busy_mhz, self.idle[idle] if idle < len(self.idle) else "default")

@@ -17,7 +17,7 @@ from agft_ray.policy.registry import BuiltinConfig, GovernorConfig
 from agft_ray.results.labels import BEST_STATIC, BEST_STEPS, FRONTIER, ORACLE_PAIR
 from agft_ray.settings import SloConfig
 
-GOVERNOR_CONFIGS = get_args(get_args(GovernorConfig)[0])
+GOVERNOR_CONFIGS = (GovernorConfig,)
 """Settings classes of what chooses before every step."""
 SEARCHES = {
     FRONTIER: "every fixed clock on the grid of --clock-step-mhz",

@@ -39,6 +39,13 @@ class EngineInbox:
             )
         return sample
 
+    def is_idle(self, now_s: float, max_age_s: float) -> bool:
+        """Whether the engine is known to be empty; statistics that are missing or older are not."""
+        try:
+            return self.latest(now_s, max_age_s).is_idle
+        except StaleMetricsError:
+            return False
+
     def since(self, t_s: float) -> list[EngineSample]:
         """All samples taken at or after `t_s`, oldest first."""
         samples = tuple(self._samples)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from agft_ray.types import (
     COUNTERS,
-    Arm,
     EngineCounters,
     EngineSample,
     EventReason,
     GpuSample,
+    Plan,
     ServeWindow,
     StepTotals,
     Window,
@@ -31,7 +31,7 @@ class WindowRejectedError(Exception):
 
 def close_window(
     *,
-    arm: Arm,
+    plan: Plan,
     window_s: float,
     engine: Sequence[EngineSample],
     gpu: Sequence[GpuSample],
@@ -61,7 +61,7 @@ def close_window(
         *counters_of(counted),
         start_s=first.t_s,
         end_s=last.t_s,
-        arm=arm,
+        arm=plan.decode,
         energy_j=energy_j,
         mean_power_w=energy_j / duration_s,
         sm_clock_mhz=_mean([s.sm_clock_mhz for s in busy]),
@@ -71,6 +71,7 @@ def close_window(
         kv_cache_usage=_mean([s.kv_cache_usage for s in engine]),
         request_rate_per_s=serve.request_rate_per_s if serve else counted.ttft_count / duration_s,
         serve=serve,
+        plan=plan,
     )
 
 

@@ -29,6 +29,7 @@ from agft_ray.types import Arm, EngineSample
 from agft_ray.virtual.best_clocks import BestClocks
 from agft_ray.virtual.governed import GovernedSteps
 from agft_ray.virtual.routers import RouterName
+from agft_ray.virtual.switched import SwitchedClocks
 from agft_ray.workloads.requests import Request, RequestTimings
 
 INBOX_SAMPLES = 4 * READINGS_PER_WINDOW
@@ -174,18 +175,28 @@ class VirtualReplica:
         if setup.governor is not None:
             arms = setup.tuner.arms(self._gpu.arms)
             self._governed = GovernedSteps(setup.governor(index), arms, self._device, core)
+        self._switched: SwitchedClocks | None = None
+        if self._governed is None:
+            self.tuner = self._new_tuner()
+            self._switched = SwitchedClocks(self.tuner, self.clock)
         self._engine = VirtualEngine(
-            core, self._device, self._on_finish, hook=self._governed, jumps=setup.jumps
+            core,
+            self._device,
+            self._on_finish,
+            hook=self._governed,
+            phases=self._switched,
+            jumps=setup.jumps,
         )
         self._grid_index = 0
         self._grid_end_s = setup.grid_s
         self._grid_start = self._grid_point()
-        if self._governed is None:
-            self.tuner = self._new_tuner()
+        if self.tuner is not None:
             self._loop = self.tuner.run()
             self._wake_s = next(self._loop)
-        else:
+        if self._governed is not None:
             self._governed.on_empty(0.0)
+        if self._switched is not None:
+            self._switched.on_empty(0.0)
 
     def _new_tuner(self) -> Tuner:
         config = _reseeded(self._setup.tuner, self._setup.stream(self.index))
@@ -220,7 +231,7 @@ class VirtualReplica:
         if self._governed is not None:
             return self._governed.clock_changes
         assert self.tuner is not None
-        return self.tuner.clock_changes
+        return self.tuner.control.changes
 
     def sample(self) -> EngineSample:
         """The engine's statistics now."""
@@ -237,6 +248,8 @@ class VirtualReplica:
         """
         self._engine.submit((request,))
         self.ongoing += 1
+        if self._switched is not None:
+            self._switched.on_arrival(request.arrival_s)
         if self.ongoing == 1 and self.tuner is not None and self.tuner.waits_for_work:
             self._resume_loop()
 

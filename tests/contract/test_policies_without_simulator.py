@@ -15,15 +15,11 @@ from replayed import replay
 from test_policy_contract import ARMS, CONFIGS, window
 
 import agft_ray
-from agft_ray.policy.baselines.pair import PairConfig
 from agft_ray.policy.baselines.volta import VoltaConfig
 from agft_ray.policy.step import StepSample
 
 SCRIPT = Path(__file__).with_name("replayed.py")
-GOVERNORS = [
-    PairConfig(prefill_sm_clock_mhz=1500, decode_sm_clock_mhz=1200),
-    VoltaConfig(tpot_slo_s=0.06, ttft_slo_s=0.5),
-]
+GOVERNORS = [VoltaConfig(tpot_slo_s=0.06, ttft_slo_s=0.5)]
 
 
 def recorded_windows(count, seed=0):

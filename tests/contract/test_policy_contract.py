@@ -12,6 +12,7 @@ from agft_ray.policy.base import Policy
 from agft_ray.policy.baselines.activity import ActivityConfig
 from agft_ray.policy.baselines.default import DefaultConfig
 from agft_ray.policy.baselines.fixed import FixedConfig
+from agft_ray.policy.baselines.pair import PairConfig
 from agft_ray.policy.baselines.pid import PidConfig
 from agft_ray.policy.baselines.predictive import PredictiveConfig
 from agft_ray.policy.baselines.rules import RulesConfig
@@ -26,6 +27,7 @@ from agft_ray.types import Context, Decision
 CONFIGS = {
     "default": DefaultConfig(),
     "fixed": FixedConfig(sm_clock_mhz=1237),
+    "pair": PairConfig(prefill_sm_clock_mhz=1507, decode_sm_clock_mhz=1244),
     "agft": AgftConfig(seed=7),
     "agft-hasty": AgftConfig(
         baseline_windows=1, refine_after=1, convergence_window=10, forgetting=1.0

@@ -5,7 +5,7 @@ import pytest
 from agft_ray.clock import ManualClock
 from agft_ray.clock_control import ClockControl, Obstacle
 from agft_ray.errors import GpuPermissionError, GpuTransientError
-from agft_ray.types import Actuator, GpuSample
+from agft_ray.types import Actuator, GpuSample, Plan
 
 
 class FailingGpu:
@@ -61,16 +61,16 @@ def running_at(sm_clock_mhz, locked):
 def test_a_lock_that_failed_is_reset_although_nothing_counts_as_locked(control, gpu):
     gpu.lock_error = GpuTransientError("after it acted, perhaps")
     with pytest.raises(GpuTransientError):
-        control.set(900, 0.0)
+        control.set(Plan.of(900), 0.0)
     assert control.locked is None
     control.reset_own()
     assert gpu.writes == [900, None]
 
 
 def test_clocks_that_a_withdrawal_cannot_reset_are_ours_until_a_reset_succeeds(control, gpu):
-    control.set(900, 0.0)
+    control.set(Plan.of(900), 0.0)
     gpu.lock_error, gpu.reset_error = GpuPermissionError("may not"), GpuTransientError("busy")
-    control.set(1200, 0.0)
+    control.set(Plan.of(1200), 0.0)
     assert (control.state, control.locked, control.reset_due) == ("refused", None, True)
     assert not control.let_go()
     gpu.reset_error = None
@@ -80,7 +80,7 @@ def test_clocks_that_a_withdrawal_cannot_reset_are_ours_until_a_reset_succeeds(c
 
 
 def test_yielding_resets_nothing(control, gpu):
-    control.set(900, 0.0)
+    control.set(Plan.of(900), 0.0)
     control.check(running_at(1980, locked=900))
     control.check(running_at(1980, locked=900))
     assert control.state is Obstacle.YIELDED

@@ -185,7 +185,7 @@ def test_one_call_per_change_and_no_call_without_one():
     bench = Bench(1230)
     bench.run(30.0)
     assert bench.gpu.calls == [None, 1230]
-    assert bench.tuner.clock_changes == 1
+    assert bench.tuner.control.changes == 1
 
 
 def test_the_reward_is_credited_to_the_clock_that_was_observed():

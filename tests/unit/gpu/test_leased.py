@@ -16,6 +16,7 @@ from agft_ray.gpu.safety.guard import Guard
 from agft_ray.gpu.safety.lease import Lease, force, leases
 from agft_ray.gpu.simulated import SimulatedGpu
 from agft_ray.simulation.device_file import DeviceFile
+from agft_ray.types import Plan
 from unit.gpu.safety.lease_tools import pass_time, runs, within
 
 
@@ -187,7 +188,7 @@ def test_nodes_are_tuned_together_or_not_at_all(make, paths, directory):
     first, second = make((0,), owner="node A"), make((1,), owner="node B")
     control = ClockControl(GpuGroup([first, second]), ManualClock())
     assert control.take(0.0)
-    control.set(900, 0.0)
+    control.set(Plan.of(900), 0.0)
     assert locked_mhz(paths) == [900, 900]
     force(str(directory), "GPU-0")
     assert not control.take(0.0)
@@ -201,12 +202,12 @@ def test_leases_taken_back_on_any_node_are_renewed_on_all(make, paths, directory
     group = GpuGroup([make((0,), owner="node A"), make((1,), owner="node B")])
     control = ClockControl(group, ManualClock())
     assert control.take(0.0)
-    control.set(900, 0.0)
+    control.set(Plan.of(900), 0.0)
     for uuid in taken_back:
         force(str(directory), uuid, bar_s=0.0)
     assert control.take(0.0)
     assert locked_mhz(paths) == [None, None]
-    control.set(1200, 0.0)
+    control.set(Plan.of(1200), 0.0)
     assert locked_mhz(paths) == [1200, 1200]
 
 

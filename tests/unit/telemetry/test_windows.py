@@ -1,11 +1,12 @@
 import pytest
 
 from agft_ray.telemetry.windows import WindowRejectedError, close_window
-from agft_ray.types import COUNTERS, EventReason, ServeWindow, StepTotals
+from agft_ray.types import COUNTERS, EventReason, Plan, ServeWindow, StepTotals
 
 
 def close(engine, gpu, **changes):
-    arguments = {"arm": 1230, "window_s": 2.0, "engine": engine, "gpu": gpu, "serve": None}
+    fixed = {"plan": Plan.of(1230), "window_s": 2.0, "serve": None}
+    arguments = fixed | {"engine": engine, "gpu": gpu}
     return close_window(**arguments | changes)
 
 

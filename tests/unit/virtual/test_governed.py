@@ -22,9 +22,8 @@ class Recorder:
 
     name = "recorder"
 
-    def __init__(self, prefill=1500, decode=1200, idle=600, *, is_steady=False):
+    def __init__(self, prefill=1500, decode=1200, idle=600):
         self.clocks = prefill, decode, idle
-        self.is_steady = is_steady
         self.steps, self.observed, self.arms, self.idles = [], [], None, 0
 
     def choose(self, step, arms):
@@ -98,20 +97,6 @@ def test_an_empty_engine_draws_the_idle_power_of_its_clock():
     assert all(w.arm == 600 for w in windows)
     expected_j = 2.0 * idle_power_w(GPU.power, 600)
     assert [w.energy_j for w in windows[1:]] == pytest.approx([expected_j] * 29, rel=1e-9)
-
-
-def test_a_steady_governor_is_jumped_over_with_the_same_result():
-    requests = list(generate_conversation(1.0, 60.0, seed=4))
-    steady, stepped = Recorder(is_steady=True), Recorder()
-    runs, windows = [], ([], [])
-    for governor, rows in zip((steady, stepped), windows, strict=True):
-        runs.append(run_fleet(requests, make_setup(governor), on_window=rows.append))
-    assert len(steady.steps) < len(stepped.steps) / 2
-    assert runs[0].energy_j == pytest.approx(runs[1].energy_j, rel=1e-9)
-    assert runs[0].clock_changes == runs[1].clock_changes
-    for one, other in zip(*windows, strict=True):
-        assert one.energy_j == pytest.approx(other.energy_j, rel=1e-9)
-        assert (one.itl_count, one.arm) == (other.itl_count, other.arm)
 
 
 @pytest.mark.parametrize("kv_blocks", [600, 20_000])

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from agft_ray.policy.baselines.pair import PairConfig, PairGovernor
+from agft_ray.policy.baselines.volta import VoltaConfig, VoltaGovernor
 from agft_ray.settings import TunerConfig
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import load_gpu_profile
@@ -14,11 +14,12 @@ from agft_ray.workloads.generators import generate_conversation
 from agft_ray.workloads.requests import Request
 
 AGFT_ALONE = {"policy": {"name": "agft"}, "share_experience": False}
+PAIR = {"name": "pair", "prefill_sm_clock_mhz": 1470, "decode_sm_clock_mhz": 1230}
 HELD_OUT = {"policy": {"name": "fixed", "sm_clock_mhz": 1230}, "holdout_replicas": 1}
 
 
 def governor(replica):
-    return PairGovernor(PairConfig(prefill_sm_clock_mhz=1470, decode_sm_clock_mhz=1230))
+    return VoltaGovernor(VoltaConfig(tpot_slo_s=0.05, ttft_slo_s=1.0))
 
 
 def make_setup(tuner, **changes):
@@ -52,6 +53,7 @@ def run(requests, setup, workers):
         (HELD_OUT, {}),
         (HELD_OUT, {"noise": True}),
         (AGFT_ALONE, {"replicas": 4, "router": "round_robin"}),
+        ({"policy": PAIR}, {}),
         ({"policy": {"name": "default"}}, {"governor": governor}),
     ],
 )

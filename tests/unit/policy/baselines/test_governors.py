@@ -5,7 +5,6 @@ from itertools import pairwise
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from agft_ray.policy.baselines.pair import PairConfig
 from agft_ray.policy.baselines.volta import VoltaConfig
 from agft_ray.policy.registry import GovernorConfig, build_governor
 from agft_ray.policy.step import StepSample
@@ -51,30 +50,6 @@ class Machine:
 
 def lowest_in_time(bound_s, **load):
     return next((c for c in LEVELS if law(sample(**load), c) <= bound_s), LEVELS[-1])
-
-
-# -- pair ----------------------------------------------------------------------------------------
-
-
-def test_a_pair_is_two_clocks_and_the_lowest_while_empty():
-    governor = build_governor(PairConfig(prefill_sm_clock_mhz=1500, decode_sm_clock_mhz=1244))
-    assert governor.choose(sample(prefill=100), ARMS) == 1500
-    assert governor.choose(sample(prefill=1, decode=200), ARMS) == 1500
-    assert governor.choose(sample(), ARMS) == 1230
-    assert governor.choose(sample(), [300, 600]) == 600
-    assert governor.choose_idle(ARMS) == 210
-    assert governor.choose(sample(), ()) is None
-
-
-@pytest.mark.parametrize(
-    ("idle", "chosen"), [("lowest", 210), ("default", None), (1244, 1230), (100, 210)]
-)
-def test_the_clock_while_empty_of_a_pair(idle, chosen):
-    config = PairConfig(prefill_sm_clock_mhz=1500, decode_sm_clock_mhz=1230, idle_sm_clock_mhz=idle)
-    governor = build_governor(config)
-    assert governor.choose_idle(ARMS) == chosen
-    assert governor.choose_idle(()) is None
-    assert governor.status()["idle_sm_clock_mhz"] == idle
 
 
 # -- volta ---------------------------------------------------------------------------------------
@@ -164,9 +139,7 @@ def test_steps_in_which_the_clock_changed_teach_nothing_unless_they_are_long():
     assert governor.status()["prefill_steps"] == 1
 
 
-# -- both ----------------------------------------------------------------------------------------
-
-CONFIGS = [PairConfig(prefill_sm_clock_mhz=1500, decode_sm_clock_mhz=1200), VOLTA]
+CONFIGS = [VOLTA]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
