@@ -12,7 +12,7 @@ from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.virtual.run import run_virtual
 from agft_ray.workloads.generators import generate_conversation
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.alone]
 DURATION_S = 180.0
 RATE_PER_S = 0.6
 FIXED = [{"name": "fixed", "sm_clock_mhz": clock} for clock in (1230, 1545)]
