@@ -1,6 +1,7 @@
 """From an arrival in the replica's process to the GPU's being called in the tuner's: how long."""
 
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -53,6 +54,7 @@ def device(tmp_path):
 def follower(device):
     follower = Follower(device)
     yield follower
+    follower.process.send_signal(signal.SIGCONT)
     follower.process.stdin.close()
     follower.process.wait(10)
 
@@ -94,21 +96,21 @@ def test_a_switch_that_is_silent_while_prompts_come_leaves_their_clock(device, f
     assert follower.next(1500)
 
 
-def test_a_tuner_that_is_killed_leaves_default_clocks_to_its_guard_and_the_replica_unharmed(
-    device, follower
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_tuner_that_dies_or_hangs_leaves_the_clocks_to_its_guard_and_the_replica_unharmed(
+    device, follower, how
 ):
     switch = LiveSwitch()
     switch.connect(phase_path(device.parent / "leases", "r"))
     follower.next(1500)
     switch.on_step(0.0, False, 0)
     follower.next(1200)
-    follower.process.kill()
-    follower.process.wait()
-    for number in range(100):
+    follower.process.send_signal(how)
+    start_s = time.monotonic()
+    for number in range(1000):
         switch.on_arrival(number)
         switch.on_step(number, True, 0)
-    with DeviceFile(device).transaction() as state:
-        assert state["locked_sm_clock_mhz"] in (1200, None)
+    assert time.monotonic() - start_s < 2.0
     deadline_s = time.monotonic() + 15.0
     while time.monotonic() < deadline_s:
         with DeviceFile(device).transaction() as state:
