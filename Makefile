@@ -3,8 +3,10 @@
 PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.installed
-# Tests that start no Ray run side by side; the others, one after the other.
-PARALLEL := tests/unit tests/contract tests/docs
+# Two modules at a time: first those that start no Ray, then those that do, each on a cluster of its
+# own; by itself what is marked `alone`.
+PYTEST := $(VENV)/bin/python -m pytest
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 VLLM_STAMP := $(VENV)/.installed-vllm
 
 .PHONY: demo test lint bench vllm docs clean
@@ -17,11 +19,12 @@ test: $(STAMP) lint
 	$(MAKE) vllm || test -z "$$CI"
 ifeq ($(origin TEST_ARGS), undefined)
 	status=0; \
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(PARALLEL) || status=$$?; \
-	$(VENV)/bin/python -m pytest $(addprefix --ignore=,$(PARALLEL)) || status=$$?; \
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not ray" || status=$$?; \
+	$(PYTEST) $(SIDE_BY_SIDE) -m "ray and not alone" || status=$$?; \
+	$(PYTEST) -m "ray and alone" || status=$$?; \
 	exit $$status
 else
-	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
 endif
 
 lint: $(STAMP)

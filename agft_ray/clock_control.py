@@ -154,7 +154,8 @@ class ClockControl:
 
     def enter(self, phase: Phase, settle_s: float) -> None:
         """The engine does this from now on. Raises as `set`."""
-        self.phase, self.phase_s = phase, self._clock.now_s()
+        if phase is not self.phase:
+            self.phase, self.phase_s = phase, self._clock.now_s()
         self.catch_up(settle_s)
 
     def catch_up(self, settle_s: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +18,15 @@ RUNS_FILE, STUDY_FILE = "runs.json", "study.json"
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
     """A file that takes the place of `path` once it is complete."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Named before it is made, so that an interrupt at any moment leaves none behind.
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
-        with open(descriptor, "w", encoding="utf-8", newline="") as file:
+        with open(temporary, "x", encoding="utf-8", newline="") as file:
             os.fchmod(file.fileno(), 0o644)
             yield file
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -62,6 +62,7 @@ class MyVllm:
         )
         with stats.registered():
             self.engine = AsyncLLM.from_engine_args(arguments)
+        stats.watch(self.engine, self.tuner.switch)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         self.tuner.reconfigure(user_config)

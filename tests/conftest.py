@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,4 +47,13 @@ def conversation_trace():
     path = DATA / "traces" / "azure2023_conv.csv"
     if not path.exists():
         pytest.skip(f"no trace at {path}; set AGFT_RAY_DATA to the folder that holds traces/")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A model of random weights, for real vLLM on the CPU."""
+    path = tmp_path_factory.mktemp("model") / "tiny-model"
+    script = Path(__file__).parents[1] / "examples" / "tiny_model.py"
+    subprocess.run([sys.executable, script, path], check=True)
     return path

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from agft_ray.actors.gpu_actuator import RemoteGpu
 from agft_ray.actors.messages import TunerSpec
+from agft_ray.actors.phase_socket import Doorbell, phase_path
 from agft_ray.errors import GpuError, GpuLostError, GpuTransientError
 from agft_ray.gpu.base import Gpu
 from agft_ray.gpu.group import GpuGroup
@@ -76,7 +77,7 @@ class TunerLoop:
         self._silence_s = 0.0
         self._publishing = threading.Lock()
         """Held while the tuner is published, and while news find out whom to tell."""
-        self._has_config, self._wake = threading.Event(), threading.Event()
+        self._has_config, self._bell = threading.Event(), Doorbell()
         self._ended = threading.Event()
         threading.Thread(target=self._drive, name="tuner-loop", daemon=True).start()
 
@@ -91,7 +92,7 @@ class TunerLoop:
 
     def wake(self) -> None:
         """Resume the loop now."""
-        self._wake.set()
+        self._bell.ring()
 
     def take(self, config: TunerConfig, version: int) -> None:
         """Take settings, or keep the old ones if the GPU has no arm within their bounds."""
@@ -102,7 +103,7 @@ class TunerLoop:
             else:
                 self._reconfigure(self.tuner, config)
         self._has_config.set()
-        self._wake.set()
+        self._bell.ring()
 
     def release(self) -> None:
         """Reset the clocks and end: soon, see `wait_ended`."""
@@ -111,7 +112,7 @@ class TunerLoop:
             if self.tuner is not None:
                 self.tuner.stop()
         self._has_config.set()
-        self._wake.set()
+        self._bell.ring()
 
     def wait_ended(self, timeout_s: float) -> bool:
         """Wait for the end of the loop; False if it takes longer."""
@@ -132,6 +133,7 @@ class TunerLoop:
         try:
             self._open()
             if self.tuner is not None:
+                self._bell.listen(phase_path(self._spec.gpu.lease_directory, self._spec.replica))
                 for wake_s in self.tuner.run():
                     self.cpu_s = time.thread_time()
                     self._sleep_until(wake_s, self.tuner)
@@ -141,6 +143,7 @@ class TunerLoop:
             self.unavailable = repr(error)
             log.exception("the tuner of replica %s has ended", self._spec.replica)
         finally:
+            self._bell.close()
             self._ended.set()
 
     def _open(self) -> None:
@@ -166,8 +169,7 @@ class TunerLoop:
                     self.config_error = f"user_config: {error}"
                 elif not isinstance(error, GpuTransientError):
                     return
-            self._wake.wait(retry_s)
-            self._wake.clear()
+            self._bell.wait(retry_s)
             retry_s = min(2 * retry_s, MAX_OPEN_RETRY_S)
 
     def _made(self, config: TunerConfig) -> Tuner:
@@ -206,14 +208,15 @@ class TunerLoop:
 
     def _sleep_until(self, wake_s: float, tuner: Tuner) -> None:
         """Sleep, in naps short enough for the guard to see that this thread does not hang, and for
-        this thread to see that the replica does."""
+        this thread to see that the replica does; meanwhile clocks follow what the engine does."""
         self._beat()
         while (delay_s := (wake_s - self.clock.now_s()) / self.clock.speed) > 0:
-            woken = self._wake.wait(min(delay_s, BEAT_S))
+            woken, phase = self._bell.wait(min(delay_s, BEAT_S))
+            if phase is not None:
+                tuner.enter(phase)
             if self._falls_silent(tuner) or woken:
                 break
             self._beat()
-        self._wake.clear()
 
     def _falls_silent(self, tuner: Tuner) -> bool:
         """Whether the replica has just become one that hangs; tells the tuner whether it is one.

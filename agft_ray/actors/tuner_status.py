@@ -23,6 +23,8 @@ def with_tuner(status: TunerStatus, tuner: Tuner, last: WindowRecord | None) -> 
         gpu_model=tuner.gpu.model,
         actuator=tuner.gpu.actuator.value,
         clock_changes=tuner.control.changes,
+        phase_changes=tuner.control.phase_changes,
+        plan=tuner.control.plan.arms,
         reset_due=tuner.control.reset_due,
         last_reward=last.reward if last else None,
         last_decision=last.decision.reason if last else None,

@@ -185,6 +185,7 @@ class VllmReplica:
             config={"mode": "control", "policy": POLICY, "window_s": self._window_s},
             figures=lambda: {"number": self._tuners},
         )
+        self._stats.watch(self._engine, self._tuner.switch)
         deadline_s = time.monotonic() + TUNER_START_TIMEOUT_S
         while time.monotonic() < deadline_s:
             status = await self._status()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from agft_ray.calibration.fitting import Array, Fit, FittedNumber, Parameter, fit
+from agft_ray.calibration.assembling import assembled
+from agft_ray.calibration.fitting import Array, Fit, Parameter, fit
 from agft_ray.calibration.measurements import Measurement
 from agft_ray.errors import ConfigError
 from agft_ray.simulation.physics import (
@@ -23,11 +24,13 @@ from agft_ray.simulation.profiles import (
     GpuProfile,
     ModelProfile,
     PowerProfile,
-    parse_gpu_profile,
 )
 
 CAPPED_SHARE = 0.985
 """A GPU at this share of its power cap may run below the clock it was set to."""
+
+LONG_PROMPT = 2048
+"""Tokens of a step with prefill where they are not said: it computes rather than reads."""
 
 _KNEE = "knee_sm_clock_mhz"
 
@@ -64,7 +67,7 @@ def calibrate(
     Raises `ConfigError` if the base does not know the model, a clock is outside its range, or there
     is too little to fit; `AgftError` without scipy.
     """
-    _check_clocks(measurements, base)
+    check_clocks(measurements, base)
     part = base.model_profile(model)
     cap_w = CAPPED_SHARE * base.power.cap_w
     rows = [r for r in measurements if observed_clocks or (r.power_w or 0.0) < cap_w]
@@ -79,8 +82,9 @@ def calibrate(
     if len(powered) >= 2:
         power, power_part = _fit_power(powered, base, part)
     step_time, power = _prefixed(step_time, f"models.{model}."), _prefixed(power, "power.")
+    fitted = {path: n for found in (step_time, power) if found for path, n in found.fitted.items()}
     return Calibration(
-        profile=_assembled(base, power_part, (model, part), name, [step_time, power]),
+        profile=assembled(base, power_part, (model, part), name, fitted),
         model=model,
         base=base.name,
         step_time=step_time,
@@ -99,11 +103,12 @@ def _too_few(usable: int, lines: int) -> ConfigError:
     )
 
 
-def _check_clocks(rows: Sequence[Measurement], base: GpuProfile) -> None:
+def check_clocks(rows: Sequence[Measurement], base: GpuProfile) -> None:
+    """Raise `ConfigError` with every line whose clock the base cannot run at."""
     low, high = base.min_sm_clock_mhz, base.max_sm_clock_mhz
     problems = [
         f"line {row.line}: sm_clock_mhz: {row.sm_clock_mhz:g} is outside {low}..{high} MHz, the "
-        f"range of the base profile {base.name}; choose another, or change it in a copy"
+        f"range of {base.name}; say the card's own in a --card file"
         for row in rows
         if not low <= row.sm_clock_mhz <= high
     ]
@@ -111,16 +116,17 @@ def _check_clocks(rows: Sequence[Measurement], base: GpuProfile) -> None:
         raise ConfigError("measurements", problems)
 
 
-def _work(row: Measurement, model: ModelProfile) -> StepWork:
+def step_work(row: Measurement, model: ModelProfile) -> StepWork:
+    """The step that a line was measured of."""
     tokens = row.prefill_tokens
     if row.phase == "prefill" and not tokens:
-        return StepWork(prefill_tokens=1)  # only its power was measured, and depends on no more
+        tokens = LONG_PROMPT  # only its power was measured
     attention_s = prefill_attention_s(model, tokens, 0) if tokens else 0.0
     return StepWork(tokens, row.batch, row.context_tokens, attention_s)
 
 
 def _fit_step_time(rows: Sequence[Measurement], base: ModelProfile) -> tuple[Fit, ModelProfile]:
-    points = [(_work(row, base), row.sm_clock_mhz) for row in rows]
+    points = [(step_work(row, base), row.sm_clock_mhz) for row in rows]
 
     def predict(model: ModelProfile) -> Array:
         return np.array([step_time_s(model, work, clock) * 1e3 for work, clock in points])
@@ -138,13 +144,17 @@ def _fit_step_time(rows: Sequence[Measurement], base: ModelProfile) -> tuple[Fit
 def _fit_power(
     rows: Sequence[Measurement], base: GpuProfile, model: ModelProfile
 ) -> tuple[Fit, PowerProfile]:
-    points = [(row.phase == "idle", _work(row, model), row.sm_clock_mhz) for row in rows]
+    points = [(row.phase == "idle", step_work(row, model), row.sm_clock_mhz) for row in rows]
+
+    spinning = model.spinning_activity
 
     def predict(power: PowerProfile) -> Array:
         gpu = base.model_copy(update={"power": power})
         return np.array(
             [
-                idle_power_w(power, clock) if idle else busy_power_w(gpu, model, work, clock)
+                idle_power_w(power, clock, spinning)
+                if idle
+                else busy_power_w(gpu, model, work, clock)
                 for idle, work, clock in points
             ]
         )
@@ -210,43 +220,3 @@ def _prefixed(found: Fit | None, prefix: str) -> Fit | None:
         fitted={prefix + name: number for name, number in found.fitted.items()},
         kept={prefix + name: reason for name, reason in found.kept.items()},
     )
-
-
-def _assembled(
-    base: GpuProfile,
-    power: PowerProfile,
-    model: tuple[str, ModelProfile],
-    name: str,
-    fits: Sequence[Fit | None],
-) -> GpuProfile:
-    """The base with what was fitted, its one LLM, and the ranges that still hold."""
-    model_name, model_profile = model
-    fitted = {path: number for found in fits if found for path, number in found.fitted.items()}
-    other_models = tuple(f"models.{other}." for other in base.models if other != model_name)
-    ranges = {
-        path: interval
-        for path, interval in base.ranges.items()
-        if path not in fitted and not path.startswith(other_models)
-    }
-    values = base.model_dump() | {
-        "name": name,
-        "power": power.model_dump(),
-        "models": {model_name: model_profile.model_dump()},
-        "ranges": ranges | _two_standard_errors(fitted),
-    }
-    return parse_gpu_profile(values, f"profile {name}")
-
-
-def _two_standard_errors(
-    fitted: Mapping[str, FittedNumber],
-) -> dict[str, tuple[float, float]]:
-    ranges = {}
-    for path, number in fitted.items():
-        margin = 2.0 * number.standard_error
-        low, high = max(number.value - margin, 0.0), number.value + margin
-        if path.endswith(("issue_share", "decode.single")):
-            high = min(high, 1.0)
-        digits = ".0f" if path.endswith("_mhz") else ".4g"
-        ends = float(f"{low:{digits}}"), float(f"{high:{digits}}")
-        ranges[path] = min(ends[0], number.value), max(ends[1], number.value)
-    return ranges

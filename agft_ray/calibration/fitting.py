@@ -115,15 +115,16 @@ def value_at(part: BaseModel, name: str) -> float:
     return float(value)
 
 
-def _replaced(part: PartT, name: str, value: float) -> PartT:
+def replaced(part: PartT, name: str, value: float) -> PartT:
+    """A copy of settings with the number at a dotted name changed, unchecked."""
     head, _, rest = name.partition(".")
-    new: Any = _replaced(getattr(part, head), rest, value) if rest else value
+    new: Any = replaced(getattr(part, head), rest, value) if rest else value
     return part.model_copy(update={head: new})
 
 
 def _with_values(part: PartT, free: Sequence[Parameter], values: Array) -> PartT:
     for parameter, value in zip(free, values, strict=True):
-        part = _replaced(part, parameter.name, float(value))
+        part = replaced(part, parameter.name, float(value))
     return part
 
 
@@ -140,19 +141,18 @@ def _solve(
     if not free:
         errors = predict(base) / measured - 1.0
         return _Solution(base, {}, float(errors @ errors) / 2.0)
-    least_squares = _least_squares()
+    solve = least_squares()
 
     def residuals(values: Array) -> Array:
         return predict(_with_values(base, free, values)) / measured - 1.0
 
     bounds = [p.low for p in free], [p.high for p in free]
     results = [
-        least_squares(residuals, start, bounds=bounds, x_scale="jac")
-        for start in _starts(base, free)
+        solve(residuals, start, bounds=bounds, x_scale="jac") for start in _starts(base, free)
     ]
     best = min(results, key=lambda result: float(result.cost))
     variance = 2.0 * best.cost / (len(measured) - len(free))
-    errors = _standard_errors(best.jac, max(math.sqrt(variance), MIN_NOISE))
+    errors = standard_errors(best.jac, max(math.sqrt(variance), MIN_NOISE))
     values = np.array([float(f"{value:.{_SIGNIFICANT_DIGITS}g}") for value in best.x])
     return _Solution(
         part=_with_values(base, free, values),
@@ -175,7 +175,7 @@ def _starts(base: BaseModel, free: Sequence[Parameter]) -> list[Array]:
     return starts
 
 
-def _standard_errors(jacobian: Array, noise: float) -> Array:
+def standard_errors(jacobian: Array, noise: float) -> Array:
     norms = np.linalg.norm(jacobian, axis=0)
     used = norms > 1e-12
     errors = np.full(len(norms), math.inf)
@@ -202,7 +202,7 @@ def _quality(
     )
 
 
-def _least_squares() -> Callable[..., Any]:
+def least_squares() -> Callable[..., Any]:
     try:
         from scipy.optimize import least_squares
     except ImportError:

@@ -47,7 +47,7 @@ EXAMPLES = {
     "plot": "agft-ray plot runs/mine --out replay.svg",
     "fetch-data": "agft-ray fetch-data azure2023_conv.csv",
     "calibrate": "agft-ray calibrate measured.csv --base rtx_a6000 --model llama-3.1-8b "
-    "--out mine.yaml",
+    "--card card.yaml --out mine.yaml",
     "bench": "agft-ray bench decision",
     "completion": "agft-ray completion bash > ~/.local/share/bash-completion/completions/agft-ray",
 }
@@ -75,18 +75,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as end:
+        return 128 + (signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what Ctrl-C keeps and stops, it keeps and stops as well."""
 
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the command as an exception does, so that a demo stops the cluster it started;
-    afterwards it does what it did before."""
+    """SIGTERM ends the command as Ctrl-C does, so that a demo stops the cluster it started and a
+    study keeps what is finished; afterwards it does what it did before."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:

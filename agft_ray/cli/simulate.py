@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from agft_ray import __version__
+from agft_ray.cli.uncertainty_options import (
+    add_uncertainty_options,
+    list_worlds,
+    profile_values,
+    run_several,
+    runs_several,
+)
 from agft_ray.cli.workload_options import (
     add_workload_options,
     parse_parameters,
@@ -39,9 +46,9 @@ EPILOG = (
     "`agft-ray policies NAME` lists its settings. Figures and files: docs/evaluation.md."
 )
 POLICY_HELP = (
-    "repeatable, default: agft. One of: %(choices)s. A clock as in fixed:1230, a pair as in "
-    "pair:1500/1230 (prefill/decode), settings as in agft:alpha=2,seed=3, a policy of your own as "
-    "in my_pkg.mod:MyPolicy:key=value"
+    "repeatable, default: agft. One of: %(choices)s. A clock as in fixed:1230, three as in "
+    "pair:1500/1230/210 (prefill/decode/idle), settings as in agft:alpha=2,seed=3, a policy of "
+    "your own as in my_pkg.mod:MyPolicy:key=value"
 )
 
 
@@ -101,6 +108,7 @@ def add_command(commands: Commands, *, ray_pool: MakeRayPool) -> None:
     simulate.add_argument("--duration", type=float, metavar="S", help="simulated seconds")
     _add_fleet_options(simulate)
     _add_search_options(simulate)
+    add_uncertainty_options(simulate)
     _add_output_options(simulate)
     simulate.set_defaults(command=_simulate, ray_pool=ray_pool)
 
@@ -143,17 +151,15 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--oracle-step-mhz",
         type=int,
-        default=90,
+        default=30,
         metavar="MHZ",
-        help="of oracle_pair's search, default: 90",
+        help="grid of oracle_pair's clocks, default: 30",
     )
     parser.add_argument(
-        "--oracle-objective", choices=["edp", "energy"], default="edp", help="default: edp"
-    )
-    parser.add_argument(
-        "--sweep-uncertainty",
-        action="store_true",
-        help="again at both ends of each range of the profile: does the ranking by EDP survive?",
+        "--oracle-objective",
+        choices=["edp", "energy"],
+        default="edp",
+        help="what oracle_pair has the least of within the latency bounds, default: edp",
     )
 
 
@@ -194,6 +200,8 @@ def scenario_of(arguments: argparse.Namespace) -> Scenario:
         "window_s": arguments.window,
         "objective": arguments.objective,
         "share_experience": not arguments.no_sharing,
+        "profile_values": profile_values(arguments.set),
+        "noise": arguments.noise,
     }
     scenario = parse(Scenario, values, source="simulate")
     scenario.engine.for_model(scenario.profile().model_profile(scenario.model))
@@ -233,6 +241,9 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ConfigError("simulate", [f"--jobs: must be at least 1, got {arguments.jobs}"])
+    if arguments.list_worlds:
+        return list_worlds(arguments)
+    several = runs_several(arguments)
     scenario = scenario_of(arguments)
     study = Study(
         scenario=scenario,
@@ -246,10 +257,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
     )
     _check_trace(scenario, study.seeds[0])
     pool = arguments.ray_pool() if arguments.ray else local_pool(arguments.jobs)
-    if arguments.sweep_uncertainty:
-        from agft_ray.study.sensitivity import sweep_and_print
-
-        return sweep_and_print(study, pool, wide_console(), json_path=arguments.json)
+    if several:
+        return run_several(study, arguments, pool)
     interrupted = _run(study, pool)
     _write(study, arguments, interrupted)
     print_study(study.records, study.notes, wide_console(), details=arguments.details)

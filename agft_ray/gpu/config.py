@@ -43,6 +43,8 @@ class SimulatedGpuConfig(StrictModel):
     """Where the GPUs' state files lie (absolute); None: a folder in the temporary directory."""
     counter_update_s: Positive = 0.1
     """How often the energy counter is updated."""
+    noise: bool = False
+    """Step times and the energy counter vary as the profile's section `noise` says."""
     history: bool = False
     """Also write every change of clock and power to a CSV file beside the state file."""
 

@@ -117,6 +117,7 @@ def claim_simulated_gpu(
         speed=speed,
         seed=seed + index,
         counter_update_s=config.counter_update_s,
+        noise=config.noise,
         history_path=directory / f"gpu-{index}.history.csv" if config.history else None,
     )
     try:

@@ -50,7 +50,6 @@ def _record_of_group(
         edp_j_s=group.edp_j_s,
         slo_attainment=group.slo_attainment,
         clock_changes=group.clock_changes,
-        windows_to_converge=None,
         failed=group.failed,
         prompt_tokens=group.prompt_tokens,
         sm_clock_mhz=group.sm_clock_mhz,

@@ -12,8 +12,8 @@ import numpy as np
 
 from agft_ray.errors import AgftError
 from agft_ray.files import RUNS_FILE, STUDY_FILE
-from agft_ray.results.convergence import FleetWindows
 from agft_ray.results.labels import DEFAULT
+from agft_ray.results.learning import FleetWindows
 from agft_ray.results.record import RunRecord, policies_of, read_runs
 from agft_ray.study.policy_specs import SEARCHES
 from agft_ray.study.rows import read_columns
@@ -49,8 +49,12 @@ class Section:
         parts = [f"{first.model} on {first.replicas} × {first.gpu}", str(first.trace)]
         if first.keep not in (None, 1.0):
             parts.append(f"{first.keep:g} of its requests")
-        if first.profile_change:
+        if first.world:
+            parts.append(f"in world {first.world}")
+        elif first.profile_change:
             parts.append(f"with {first.profile_change}")
+        if first.noise and not first.world:
+            parts.append("with noise")
         return ", ".join(parts)
 
     @property
@@ -155,6 +159,8 @@ def _scenario(record: RunRecord) -> tuple[Any, ...]:
         record.keep,
         record.router,
         record.profile_change,
+        bool(record.noise),
+        record.world,
     )
 
 

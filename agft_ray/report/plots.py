@@ -17,8 +17,8 @@ from agft_ray.results.chart_style import (
     new_figure,
     plain_axes,
 )
-from agft_ray.results.convergence import BLOCK, FleetWindows, block_edp_ratios
 from agft_ray.results.labels import DEFAULT
+from agft_ray.results.learning import BLOCK, FleetWindows, block_edp_ratios
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

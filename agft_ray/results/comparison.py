@@ -16,7 +16,7 @@ class PolicyStanding:
     """One policy over all seeds: every metric, and its change against default clocks in per cent.
 
     A metric that does not exist in every run is left out; `partial` says of how many runs it is
-    the mean where it exists in some (a run that never converged has no number of windows).
+    the mean where it exists in some (a run whose regret never stays low has no number of windows).
     """
 
     policy: str

@@ -57,8 +57,11 @@ METRICS = (
     Metric("edp_j_s", "EDP of the run", "MJ·s", 1e-6),
     Metric("sm_clock_mhz", "mean SM clock", "MHz", judged=False),
     Metric("clock_changes", "clock changes", "", relative=False),
-    Metric("windows_to_converge", "windows to convergence", "", relative=False),
+    Metric("energy_regret_j", "energy beyond the best clocks'", "kJ", 1e-3, relative=False),
+    Metric("energy_regret", "regret against the best clocks", "%", 100.0, relative=False),
+    Metric("windows_to_low_regret", "windows until it stays below 2 %", "", relative=False),
     Metric("worst_exploration_tpot_ratio", "worst window before it", "x", relative=False),
+    Metric("windows_over_bound", "windows over a latency bound", "%", 100.0, relative=False),
     Metric("regret", "regret against oracle_pair", "%", 100.0, relative=False),
 )
 """What people compare runs by."""

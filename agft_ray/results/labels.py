@@ -2,6 +2,6 @@
 
 DEFAULT = "default"
 FRONTIER, BEST_STATIC = "frontier", "best_static"
-ORACLE_PAIR, LOWER_BOUND = "oracle_pair", "lower_bound"
+ORACLE_PAIR, BEST_STEPS = "oracle_pair", "best_steps"
 HOLDOUT = "holdout"
 """The role of replicas that are kept at default clocks."""

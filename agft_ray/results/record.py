@@ -47,9 +47,16 @@ class RunRecord:
     slo_attainment: float | None
     """Share of the requests, failed ones included, that kept the SLO; None without an SLO."""
     clock_changes: int | None
-    windows_to_converge: int | None
+    energy_regret_j: float | None = None
+    """Of a simulated run: energy beyond that at the best clocks for the same work."""
+    energy_regret: float | None = None
+    """The same, relative to the energy at the best clocks."""
+    windows_to_low_regret: int | None = None
+    """After how many windows it stays below 2 %; None if it never does."""
+    windows_over_bound: float | None = None
+    """Share of the windows with steps in which these took longer than the best clocks may."""
     worst_exploration_tpot_ratio: float | None = None
-    """Largest TPOT of a window before convergence, relative to default clocks in that window."""
+    """Largest TPOT of a window before regret stays low, relative to default clocks in it."""
     regret: float | None = None
     """EDP relative to that of `oracle_pair`, less 1."""
     failed: int = 0
@@ -58,7 +65,7 @@ class RunRecord:
     sm_clock_mhz: float | None = None
     """Effective SM clock, mean over time and replicas."""
     choice: str | None = None
-    """What a search chose: '1230', or '1500/1230' for a pair of clocks."""
+    """What a search chose: '1230', or '1500/1230/210' for prefill, decode and idle."""
     role: str | None = None
     """Of a replay: which of the server's replicas, 'tuned', 'holdout' or 'all'."""
     keep: float | None = None
@@ -68,6 +75,10 @@ class RunRecord:
     slo_tpot_s: float | None = None
     profile_change: str | None = None
     """Of a sweep of uncertain numbers: what was changed in the GPU's profile, as 'path=value'."""
+    noise: bool | None = None
+    """Whether step times and energy counters had noise; None of a replay."""
+    world: str | None = None
+    """Of --worlds: its name."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields, with distributions as {mean, p50, p95, p99}."""

@@ -56,6 +56,8 @@ def attach_tuner(
     Returns at once; the tuner starts in the background. Keep the link for as long as the replica
     lives, call `link.reconfigure(user_config)` from the deployment's `reconfigure`,
     `link.check_health()` from its `check_health` and `await link.close()` from its `__del__`.
+    An engine that tells `link.switch` of arrivals and steps may have clocks of its own for prompts,
+    further tokens and an empty engine; without, plans keep the clock of prompts.
     Before the engine starts `await link.probed()`, where the replica's GPUs are in a placement
     group, and `await link.cleared()`, so that it does not load at clocks that a dead process left.
 

@@ -14,6 +14,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from agft_ray.actors.messages import EnginePush, TunerReply
+from agft_ray.actors.phase_socket import phase_path
 from agft_ray.clock import Clock, WallClock
 from agft_ray.config import parse
 from agft_ray.errors import (
@@ -25,6 +26,7 @@ from agft_ray.errors import (
 )
 from agft_ray.gpu.config import NvmlGpuConfig
 from agft_ray.gpu.registry import GpuSpec
+from agft_ray.serve.live_switch import LiveSwitch
 from agft_ray.serve.placement import NodeGpus, own_gpu_amounts, own_node_id, probe_gpus
 from agft_ray.settings import TunerConfig, check_pushes
 from agft_ray.types import EngineSample
@@ -65,6 +67,8 @@ class TunerLink:
         self.replica = serve.get_replica_context().replica_id.unique_id
         self.role = "tuned"
         """'tuned' or 'holdout', as last heard from the tuner."""
+        self.switch = LiveSwitch()
+        """To be told of arrivals and steps, for plans of several clocks."""
         self.clock: Clock = gpu.clock if isinstance(gpu, GpuSpec) else WallClock()
         self._gpu, self._start = gpu, start
         self._arms = gpu.known_arms if isinstance(gpu, GpuSpec) else None
@@ -198,7 +202,7 @@ class TunerLink:
         certain that they cannot be told, one that says why."""
         gpu, problem = self._gpu, NO_GPU
         if isinstance(gpu, GpuSpec):
-            return self._start(gpu, ())
+            return self._start_on(gpu, ())
         nodes: tuple[NodeGpus, ...] = ()
         try:
             nodes = await self._nodes(gpu)
@@ -212,7 +216,11 @@ class TunerLink:
         specs = [(node.node_id, GpuSpec(gpu, node.uuids)) for node in nodes]
         here = [spec for node_id, spec in specs if node_id == own_node_id()]
         own = here[0] if here else GpuSpec(gpu, ())
-        return self._start(own, tuple(s for s in specs if s[1] is not own))
+        return self._start_on(own, tuple(s for s in specs if s[1] is not own))
+
+    def _start_on(self, own: GpuSpec, elsewhere: tuple[tuple[str, GpuSpec], ...]) -> Any:
+        self.switch.connect(phase_path(own.lease_directory, self.replica))
+        return self._start(own, elsewhere)
 
     async def _nodes(self, gpu: NvmlGpuConfig) -> tuple[NodeGpus, ...]:
         if gpu.uuids is not None:
@@ -253,6 +261,7 @@ class TunerLink:
         except StaleMetricsError as error:
             figures["reason"] = str(error)
         push = EnginePush(sample, _rank(), figures | self._figures(), config, version)
+        self.switch.repeat()
         reply: TunerReply = await self._tuner.observe.remote(push)
         self.role, self._confirmed_version = reply.role, reply.config_version
         self._config_error, self._gpu_lost = reply.config_error, reply.gpu_lost

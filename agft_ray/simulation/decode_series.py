@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from agft_ray.simulation.noise import Noise
 from agft_ray.simulation.physics import StepWork, busy_power_w, clock_under_cap, step_time_s
 from agft_ray.simulation.profiles import GpuProfile, ModelProfile
 
@@ -43,6 +44,42 @@ class Progression:
         while self.total(count + 1) <= limit:
             count += 1
         return count
+
+
+@dataclass(frozen=True, slots=True)
+class NoisyProgression(Progression):
+    """The same, each element times the factor of its step; `number` is that of the first."""
+
+    noise: Noise
+    number: int
+
+    def at(self, index: int) -> float:
+        """The element at this place, from 0."""
+        return (self.first + self.step * index) * self.noise.factor(self.number + index)
+
+    def total(self, count: int) -> float:
+        """The sum of the first `count` terms."""
+        excess, moment = self.noise.excess(self.number, count)
+        without = count * self.first + self.step * (count * (count - 1) / 2)
+        return without + self.first * excess + self.step * moment
+
+    def count_within(self, limit: float, most: int) -> int:
+        """How many terms, at most `most`, have a sum of at most `limit`; all must be positive."""
+        if most <= 0:
+            return 0
+        # The answer lies close to that without noise.
+        guess, width = Progression(self.first, self.step).count_within(limit, most), 1
+        low, high = guess, guess + 1
+        while low > 0 and self.total(low) > limit:
+            low, high, width = max(low - width, 0), low, 2 * width
+        width = 1
+        while high <= most and self.total(high) <= limit:
+            low, high, width = high, high + width, 2 * width
+        high = min(high, most + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.total(middle) <= limit else (low, middle)
+        return low
 
 
 class DecodeCurve(NamedTuple):
@@ -103,6 +140,14 @@ class Series(NamedTuple):
     durations_s: Progression
     energies_j: Progression
     """Of all GPUs of the group."""
+
+    def noisy(self, noise: Noise, step: int) -> Series:
+        """The same, if `step` is the number of its first step: longer or shorter at its power."""
+        if not noise.has_steps:
+            return self
+        times = NoisyProgression(self.durations_s.first, self.durations_s.step, noise, step)
+        energies = NoisyProgression(self.energies_j.first, self.energies_j.step, noise, step)
+        return self._replace(durations_s=times, energies_j=energies)
 
     def energy_j(self, elapsed_s: float, steps: int) -> float:
         """Energy of so many steps, as it was `elapsed_s` after their start."""

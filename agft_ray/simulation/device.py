@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from agft_ray.simulation.decode_series import DecodeCurves, Series
 from agft_ray.simulation.device_state import DeviceState
-from agft_ray.simulation.noise import standard_normal
+from agft_ray.simulation.noise import Noise, change_delay_s, standard_normal
 from agft_ray.simulation.physics import (
     StepWork,
     busy_power_w,
@@ -16,16 +16,15 @@ from agft_ray.simulation.physics import (
     idle_power_w,
     step_time_s,
 )
-from agft_ray.simulation.profiles import ActivityDecode, GpuProfile, ModelProfile
+from agft_ray.simulation.profiles import ActivityDecode, GpuProfile, ModelProfile, NoiseProfile
+from agft_ray.simulation.work_done import WorkDone
 from agft_ray.types import EventReason, GpuSample
 
 History = Callable[[float, float, int, float, StepWork | None], None]
 """Called with (start s, end s, SM clock in MHz, power in W, the step or None when idle)."""
 
-_POWER_NOISE, _CLOCK_DELAY = 0, 1
-"""Streams of random numbers."""
-_P95_SCORE = 1.6448536269514722
-"""95th percentile of the standard normal distribution."""
+_POWER_NOISE = 0
+"""A stream of random numbers; `simulation.noise` has others."""
 
 
 class _Point(NamedTuple):
@@ -44,7 +43,9 @@ class Device:
     Every method takes the time in seconds. The device never moves past the end of a running step
     by itself: an engine that is late in wall time begins its next step exactly there. Only when
     asked for a time more than `stall_grace_s` past it is the engine taken for dead, and the GPU
-    has idled since the step's end. `history` is called for each span of constant power.
+    has idled since the step's end. `history` is called for each span of constant power; `done`,
+    unlike it, leaves series of decode steps in closed form, and adds up what was run. With `noise`,
+    step times and counter vary as the profile's section `noise` says.
     """
 
     def __init__(
@@ -53,15 +54,19 @@ class Device:
         model: ModelProfile,
         *,
         seed: int = 0,
-        counter_update_s: float = 0.1,
+        counter_update_s: float | None = None,
+        noise: bool = False,
         stall_grace_s: float = 2.0,
         history: History | None = None,
+        done: WorkDone | None = None,
     ) -> None:
         self.profile = profile
         self._model = model
-        self._counter_update_s = counter_update_s
+        self._counter_update_s = counter_update_s or profile.noise.counter_update_s
+        self._noise = Noise(profile.noise if noise else NoiseProfile(), seed)
         self._stall_grace_s = stall_grace_s
         self._history = history
+        self._done = done
         self._state = DeviceState(seed)
         self._busy: _Point | None = None
         self._end_s: float | None = None
@@ -101,6 +106,7 @@ class Device:
     def from_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what `to_state` gave; missing entries are as at the start."""
         self._state = DeviceState.of(state)
+        self._noise = self._noise.for_seed(self._state.seed)
         self._busy = self._end_s = None
 
     def lock(self, t_s: float, sm_clock_mhz: int) -> None:
@@ -126,6 +132,7 @@ class Device:
         self._integrate(t_s)
         s = self._state
         s.work, s.progress, s.progress_t_s = work, 0.0, s.t_s
+        s.step_factor, s.steps = self._noise.factor(s.steps), s.steps + 1
         self._busy = None
         self._end_s = self._predicted_end_s()
         return self._end_s
@@ -164,10 +171,10 @@ class Device:
         if s.pending_clock_changes:
             until_s = min(until_s, s.pending_clock_changes[0][0])
         target = self._busy_target_mhz(s.active_lock_mhz)
-        series = self._curves.series(work, target, max_steps)
+        series = self._curves.series(work, target, max_steps).noisy(self._noise, s.steps)
         steps = series.durations_s.count_within(until_s - s.t_s, series.steps)
         if steps:
-            self._accumulate_series(series, steps)
+            self._accumulate_series(work, series, steps)
         return steps, s.t_s
 
     def advance(self, t_s: float) -> None:
@@ -181,8 +188,8 @@ class Device:
     def read(self, t_s: float) -> GpuSample:
         """Advance to `t_s` and read the GPU.
 
-        Power carries noise that depends on seed and time alone; the energy counter is exact as of
-        its last update.
+        Power carries noise that depends on seed and time alone; the energy counter is as of its
+        last update, and exact without `noise`.
         """
         self.advance(t_s)
         s, point = self._state, self._point()
@@ -218,10 +225,8 @@ class Device:
         self._end_s = None
 
     def _delay_s(self) -> float:
-        change = self.profile.clock_change
-        sigma = math.log(change.p95_to_median) / _P95_SCORE
-        draw = standard_normal(self._state.seed, _CLOCK_DELAY, self._state.clock_calls)
-        return change.median_s * math.exp(sigma * draw)
+        s = self._state
+        return change_delay_s(self.profile.clock_change, s.seed, s.clock_calls)
 
     def _integrate(self, until_s: float) -> None:
         s = self._state
@@ -253,22 +258,38 @@ class Device:
         update_s = math.floor(end_s / self._counter_update_s) * self._counter_update_s
         if update_s > s.counter_t_s:
             s.counter_t_s = min(update_s, end_s)
-            s.counter_energy_j = s.energy_j + point.power_w * (s.counter_t_s - s.t_s)
+            energy_j = s.energy_j + point.power_w * (s.counter_t_s - s.t_s)
+            period_j = point.power_w * self._counter_update_s
+            s.counter_energy_j = self._noise.counter_j(s, energy_j, period_j)
         if self._history is not None:
             self._history(s.t_s, end_s, point.sm_clock_mhz, point.power_w, s.work)
-        s.energy_j += point.power_w * (end_s - s.t_s)
-        s.sm_clock_mhz_s += point.sm_clock_mhz * (end_s - s.t_s)
+        span_s = end_s - s.t_s
+        energy_j = point.power_w * span_s
+        if self._done is not None and s.work is not None:
+            share = span_s / point.step_s
+            self._done.add(s.work, share, share * s.work.context_tokens, span_s, energy_j)
+        s.energy_j += energy_j
+        s.sm_clock_mhz_s += point.sm_clock_mhz * span_s
         s.t_s = end_s
 
-    def _accumulate_series(self, series: Series, steps: int) -> None:
+    def _accumulate_series(self, first: StepWork, series: Series, steps: int) -> None:
         s, span_s = self._state, series.durations_s.total(steps)
         end_s = s.t_s + span_s
         update_s = math.floor(end_s / self._counter_update_s) * self._counter_update_s
         if update_s > s.counter_t_s:
             s.counter_t_s = min(update_s, end_s)
-            s.counter_energy_j = s.energy_j + series.energy_j(s.counter_t_s - s.t_s, steps)
-        s.energy_j += series.energies_j.total(steps)
+            energy_j = s.energy_j + series.energy_j(s.counter_t_s - s.t_s, steps)
+            power_w = series.energies_j.first / series.durations_s.first
+            period_j = power_w * self._counter_update_s
+            s.counter_energy_j = self._noise.counter_j(s, energy_j, period_j)
+        energy_j = series.energies_j.total(steps)
+        if self._done is not None:
+            grown = first.decode_sequences * (steps * (steps - 1) / 2)
+            context_tokens = steps * first.context_tokens + grown
+            self._done.add(first, steps, context_tokens, span_s, energy_j)
+        s.energy_j += energy_j
         s.sm_clock_mhz_s += series.sm_clock_mhz * span_s
+        s.steps += steps
         s.t_s = s.idle_since_s = end_s
         self._busy = None
 
@@ -318,7 +339,8 @@ class Device:
             if key not in self._capped:
                 self._capped[key] = self._under_cap(work, target)
             clock, power_w = self._capped[key]
-        return _Point(clock, power_w, step_time_s(self._model, work, clock))
+        step_s = self._state.step_factor * step_time_s(self._model, work, clock)
+        return _Point(clock, power_w, step_s)
 
     def _under_cap(self, work: StepWork, target: int) -> tuple[int, float]:
         clock = effective_sm_clock_mhz(self.profile, self._model, work, target)

@@ -46,6 +46,7 @@ class DeviceFile:
         speed: float = 1.0,
         seed: int = 0,
         counter_update_s: float = 0.1,
+        noise: bool = False,
         history_path: Path | None = None,
     ) -> DeviceFile:
         """Make the file (mode 0600), or keep one that describes the same GPU.
@@ -63,6 +64,7 @@ class DeviceFile:
             "speed": speed,
             "seed": seed,
             "counter_update_s": counter_update_s,
+            "noise": noise,
             "history_path": None if history_path is None else os.path.abspath(history_path),
         }
         device_file = cls(path)

@@ -28,6 +28,10 @@ class DeviceState:
     clock_calls: int = 0
     idle_since_s: float = 0.0
     work: StepWork | None = None
+    steps: int = 0
+    """How many have begun since the start."""
+    step_factor: float = 1.0
+    """Noise of the step in progress: how long it takes, relative to a step without."""
     progress: float = 0.0
     """Share of the step done at `progress_t_s`, when it began or its clock last changed."""
     progress_t_s: float = 0.0

@@ -137,6 +137,25 @@ class ClockChangeProfile(StrictModel):
     """95th percentile, relative to the median."""
 
 
+class NoiseProfile(StrictModel):
+    """What varies on a real card and server. The defaults are a card without noise.
+
+    Only simulations that ask for it have it, save the counter's update period, which is always in
+    force; a power reading's noise is `power_noise`.
+    """
+
+    step_cv: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Relative standard deviation of a step's time, which is log-normal with mean 1."""
+    outlier_share: Annotated[float, Field(ge=0, le=0.1)] = 0.0
+    """Share of the steps that take `outlier_factor` times as long."""
+    outlier_factor: Annotated[float, Field(ge=1)] = 3.0
+    counter_noise: Annotated[float, Field(ge=0, le=0.1)] = 0.0
+    """Standard deviation of the energy counter, relative to the energy of one update's period; it
+    does not add up over updates."""
+    counter_update_s: Positive = 0.1
+    """How often the energy counter is updated."""
+
+
 class TemperatureProfile(StrictModel):
     """GPU temperature, linear in power."""
 
@@ -155,6 +174,7 @@ class GpuProfile(StrictModel):
     sm_clock_step_mhz: Count
     power_noise: Share
     """Relative standard deviation of a power reading."""
+    noise: NoiseProfile = NoiseProfile()
     power: PowerProfile
     governor: GovernorProfile
     clock_change: ClockChangeProfile
@@ -192,17 +212,28 @@ class GpuProfile(StrictModel):
             )
         return self.models[model]
 
+    def numbers(self) -> dict[str, float]:
+        """Every number but those of `ranges`, by its dotted path."""
+        flat = _flatten(self.model_dump(exclude={"ranges"}))
+        return {path: value for path, value in flat if isinstance(value, int | float)}
+
     def with_value(self, path: str, value: float) -> GpuProfile:
         """This profile with one number changed, such as `governor.idle_sm_clock_mhz`.
 
         Raises `ConfigError` if there is no such number, or if the new one is invalid, crosses
         others, or lies outside its entry in `ranges`.
         """
+        return self.with_values({path: value})
+
+    def with_values(self, changes: Mapping[str, float]) -> GpuProfile:
+        """This profile with several numbers changed at once; raises as `with_value`."""
         source = f"GPU profile {self.name}"
         values = self.model_dump()
-        if not _replace(values, path, value):
-            raise ConfigError(source, [f"{path}: names no number of this profile"])
-        return parse_gpu_profile(values, source)
+        unknown = [path for path, value in changes.items() if not _replace(values, path, value)]
+        if unknown:
+            problems = [f"{path}: names no number of this profile" for path in unknown]
+            raise ConfigError(source, problems)
+        return parse_gpu_profile(values, source) if changes else self
 
 
 def bundled_profiles() -> tuple[str, ...]:
@@ -278,10 +309,10 @@ def _clocks_out_of_range(profile: GpuProfile) -> Iterator[str]:
 
 
 def _crossed_ranges(profile: GpuProfile) -> Iterator[str]:
-    values = dict(_flatten(profile.model_dump(exclude={"ranges"})))
+    values = profile.numbers()
     for key, (low, high) in profile.ranges.items():
         value = values.get(key)
-        if not isinstance(value, int | float):
+        if value is None:
             yield f"ranges.{key}: names no number of this profile"
         elif not low <= value <= high:
             yield f"ranges.{key}: [{low:g}, {high:g}] does not contain the value used, {value:g}"

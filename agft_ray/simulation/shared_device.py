@@ -37,6 +37,7 @@ class SharedDevice:
                 self.profile,
                 self.model,
                 counter_update_s=state["counter_update_s"],
+                noise=state["noise"],
                 stall_grace_s=STALL_GRACE_WALL_S * self.clock.speed,
                 history=None if self._history_path is None else self._record,
             )

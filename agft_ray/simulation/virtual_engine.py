@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from agft_ray.simulation.batch import Batch, SeriesDevice, StepDevice
+from agft_ray.simulation.batch import Batch, SeriesDevice, StepDevice, StepListener
 from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.physics import StepWork
 from agft_ray.types import EngineSample
@@ -29,8 +29,8 @@ class StepHook(Protocol):
         ...
 
 
-class PhaseListener(Protocol):
-    """Is told what the engine has done, as a server is by its engine, and acts a while later."""
+class PhaseListener(StepListener, Protocol):
+    """Acts on what it is told a while later. Arrivals it is told of by whoever submits."""
 
     @property
     def due_s(self) -> float:
@@ -39,14 +39,6 @@ class PhaseListener(Protocol):
 
     def act(self, t_s: float) -> None:
         """It is due: clocks may be changed now."""
-        ...
-
-    def on_step(self, t_s: float, had_prefill: bool, pending_prompts: int) -> None:
-        """A step has ended, or a series of decode steps; prompts without a token wait."""
-        ...
-
-    def on_empty(self, t_s: float) -> None:
-        """The engine has become empty."""
         ...
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from agft_ray.clock import Clock
+from agft_ray.simulation.batch import StepListener
 from agft_ray.simulation.engine import Batch, BatchingEngine, StepDevice, TokenEvent
 from agft_ray.types import EngineSample
 from agft_ray.workloads.requests import Request
@@ -45,8 +46,8 @@ class WallEngine:
 
     A step begins exactly where the one before ended, in simulated time, even when the event loop
     runs late, so that the mean speed holds; what arrives after that moment waits for the next
-    step. `on_wake` is called when the engine goes from empty to busy. Everything belongs to the
-    event loop that awaits `run`.
+    step. `on_wake` is called when the engine goes from empty to busy, `phases` is told of arrivals
+    and steps. Everything belongs to the event loop that awaits `run`.
     """
 
     def __init__(
@@ -56,11 +57,12 @@ class WallEngine:
         clock: Clock,
         *,
         on_wake: Callable[[], None] | None = None,
+        phases: StepListener | None = None,
     ) -> None:
         self._engine = engine
         self._device = device
         self._clock = clock
-        self._on_wake = on_wake
+        self._on_wake, self._phases = on_wake, phases
         self._submitted = asyncio.Event()
         self._streams: dict[str, _Stream] = {}
         self._stopped: Exception | None = None
@@ -113,6 +115,8 @@ class WallEngine:
         stream = self._streams[request.request_id] = _Stream()
         try:
             self._submitted.set()
+            if self._phases is not None:
+                self._phases.on_arrival(self._clock.now_s())
             if was_empty and self._on_wake is not None:
                 self._on_wake()
             while True:
@@ -130,6 +134,8 @@ class WallEngine:
         while True:
             batch = self._engine.schedule(t_s)
             if batch is None:
+                if self._phases is not None and self._engine.is_idle(self._clock.now_s()):
+                    self._phases.on_empty(t_s)
                 t_s = max(t_s, await self._next_arrival_s())
             else:
                 t_s = await self._step(t_s, batch)
@@ -155,6 +161,9 @@ class WallEngine:
             stream = self._streams.get(event.request_id)
             if stream is not None:
                 stream.push(event)
+        if self._phases is not None and not self._engine.is_empty:
+            pending = self._engine.pending_prompts(self._clock.now_s())
+            self._phases.on_step(end_s, batch.work.prefill_tokens > 0, pending)
         return end_s
 
     async def _sleep_to_end(self, predicted_s: float) -> None:

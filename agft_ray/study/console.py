@@ -37,10 +37,20 @@ CONDUCT = (
     ("J/token", "energy_per_output_token_j"),
     ("SLO kept %", "slo_attainment"),
     ("changes", "clock_changes"),
-    ("converged", "windows_to_converge"),
+    ("regret %", "energy_regret"),
+    ("low after", "windows_to_low_regret"),
     ("worst x", "worst_exploration_tpot_ratio"),
-    ("regret %", "regret"),
+    ("over %", "windows_over_bound"),
+    ("vs oracle %", "regret"),
 )
+NOTES = {
+    "energy_regret": "regret: energy beyond the best clocks'",
+    "windows_to_low_regret": "low after: windows until that stays below 2 %",
+    "worst_exploration_tpot_ratio": "worst: TPOT of a window before, by default clocks'",
+    "windows_over_bound": "over: windows over a latency bound",
+    "regret": "vs oracle: EDP beyond that of oracle_pair",
+}
+"""Of columns that need one."""
 DETAIL_COLUMNS = 3
 PLAIN_WIDTH = 100
 LABEL_WIDTH = 20
@@ -92,10 +102,9 @@ def _changes(found: Sequence[PolicyStanding], records: Sequence[RunRecord]) -> T
 
 
 def _conduct(found: Sequence[PolicyStanding]) -> Table:
-    table = _table(
-        found, None, "converged: windows; worst: TPOT of a window before, by default clocks'"
-    )
     shown = [(label, name) for label, name in CONDUCT if any(name in s.values for s in found)]
+    notes = [NOTES[name] for _, name in shown if name in NOTES]
+    table = _table(found, None, "; ".join(notes) or None)
     for label, _ in shown:
         table.add_column(label, justify="right", no_wrap=True)
     for standing in found:
@@ -187,12 +196,22 @@ def study_progress(
 
 
 class _Phase:
-    """Sums up how far the runs of a phase are."""
+    """Sums up how far the runs of a phase are; a search learns of more of them as it goes on."""
 
-    def __init__(self, name: str, runs: int, duration_s: float | None) -> None:
-        self.name, self.runs = name, runs
+    def __init__(self, name: str, duration_s: float | None) -> None:
+        self.name = name
         self._duration_s = duration_s
-        self._at_s = [0.0] * runs
+        self._at_s: list[float] = []
+
+    @property
+    def runs(self) -> int:
+        """Those known of."""
+        return len(self._at_s)
+
+    def add(self, runs: int) -> int:
+        """So many more; the number of the first of them."""
+        self._at_s += [0.0] * runs
+        return len(self._at_s) - runs
 
     def at(self, number: int, t_s: float) -> None:
         """Run `number` has come to `t_s`."""
@@ -223,16 +242,21 @@ def _live(
     text = TextColumn("{task.description:<16} run {task.fields[begun]:,} of {task.fields[runs]:,}")
     time_column = TextColumn("{task.completed:,.0f} s simulated")
     with Progress(text, BarColumn(24), time_column, TimeElapsedColumn(), console=console) as bar:
+        phase = _Phase("", duration_s)
 
         def on_phase(name: str, runs: int) -> OnProgress:
-            phase = _Phase(name, runs, duration_s)
-            for before in bar.task_ids:
-                bar.remove_task(before)
-            task = bar.add_task(name, total=phase.total_s, begun=0, runs=runs)
+            nonlocal phase
+            if name != phase.name:
+                phase = _Phase(name, duration_s)
+                for before in bar.task_ids:
+                    bar.remove_task(before)
+                bar.add_task(name, total=None, begun=0, runs=runs)
+            now, first, (task,) = phase, phase.add(runs), bar.task_ids
+            bar.update(task, total=now.total_s, runs=now.runs)
 
             def on_progress(number: int, t_s: float) -> None:
-                phase.at(number, t_s)
-                bar.update(task, completed=phase.simulated_s, begun=phase.begun)
+                now.at(first + number, t_s)
+                bar.update(task, completed=now.simulated_s, begun=now.begun)
 
             return on_progress
 
@@ -247,17 +271,20 @@ def _plain(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     lines = PlainProgress(write, now_s)
+    phase = _Phase("", duration_s)
 
     def on_phase(name: str, runs: int) -> OnProgress:
-        phase = _Phase(name, runs, duration_s)
-        if runs:
-            lines.at_once(f"{name}: {runs:,} run{'s' if runs > 1 else ''}")
+        nonlocal phase
+        if name != phase.name:
+            phase = _Phase(name, duration_s)
+            if runs:
+                lines.at_once(f"{name}: {runs:,} run{'s' if runs > 1 else ''}")
+        now, first = phase, phase.add(runs)
 
         def on_progress(number: int, t_s: float) -> None:
-            phase.at(number, t_s)
-            lines.show(
-                f"{name}: run {phase.begun:,} of {runs:,}, {phase.simulated_s:,.0f} s simulated"
-            )
+            now.at(first + number, t_s)
+            done = f"{now.begun:,} of {now.runs:,}, {now.simulated_s:,.0f} s simulated"
+            lines.show(f"{name}: run {done}")
 
         return on_progress
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import yaml
 
@@ -14,7 +14,7 @@ from agft_ray.policy.baselines.fixed import FixedConfig
 from agft_ray.policy.baselines.pair import PairConfig
 from agft_ray.policy.imported import ImportedConfig, entry_points
 from agft_ray.policy.registry import BuiltinConfig, GovernorConfig
-from agft_ray.results.labels import BEST_STATIC, FRONTIER, LOWER_BOUND, ORACLE_PAIR
+from agft_ray.results.labels import BEST_STATIC, BEST_STEPS, FRONTIER, ORACLE_PAIR
 from agft_ray.settings import SloConfig
 
 GOVERNOR_CONFIGS = (GovernorConfig,)
@@ -22,11 +22,14 @@ GOVERNOR_CONFIGS = (GovernorConfig,)
 SEARCHES = {
     FRONTIER: "every fixed clock on the grid of --clock-step-mhz",
     BEST_STATIC: "the fixed clock with the lowest EDP, in hindsight",
-    ORACLE_PAIR: "the best constant pair of clocks within the latency bounds, in hindsight",
-    LOWER_BOUND: "energy of every step at its best clock, queues ignored",
+    ORACLE_PAIR: "the best clocks of prefill, decode and idle within the bounds, in hindsight",
+    BEST_STEPS: "the steps of default clocks, each at its best clock; queues ignored",
 }
 
-SHORT_FORMS = {"fixed": "fixed:1230", "pair": "pair:1500/1230 (prefill/decode)"}
+SHORT_FORMS = {
+    "fixed": "fixed:1230",
+    "pair": "pair:1500/1230 (prefill/decode) or pair:1500/1230/210",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +50,23 @@ def fixed(sm_clock_mhz: int) -> PolicySpec:
     return PolicySpec(f"fixed:{sm_clock_mhz}", FixedConfig(sm_clock_mhz=sm_clock_mhz))
 
 
-def pair(prefill_mhz: int, decode_mhz: int) -> PolicySpec:
-    """A constant pair of clocks."""
-    settings = PairConfig(prefill_sm_clock_mhz=prefill_mhz, decode_sm_clock_mhz=decode_mhz)
-    return PolicySpec(f"pair:{prefill_mhz}/{decode_mhz}", settings)
+def pair(
+    prefill_mhz: int, decode_mhz: int, idle: int | Literal["lowest", "default"] = "lowest"
+) -> PolicySpec:
+    """Constant clocks for prefill and decode, and one while empty."""
+    settings = PairConfig(
+        prefill_sm_clock_mhz=prefill_mhz, decode_sm_clock_mhz=decode_mhz, idle_sm_clock_mhz=idle
+    )
+    ending = "" if idle == "lowest" else f"/{idle}"
+    return PolicySpec(f"pair:{prefill_mhz}/{decode_mhz}{ending}", settings)
 
 
 def parse_policy(text: str, slo: SloConfig | None = None) -> PolicySpec:
     """A policy's name, after a colon its settings, comma-separated as `key=value`.
 
-    `fixed:1230` and `pair:1500/1230` are short for their clocks. A policy with latency bounds
-    among its settings takes those of `slo` that are not given. `my_pkg.mod:MyPolicy:key=value` is a
-    policy from outside. Raises `ConfigError` listing what
+    `fixed:1230`, `pair:1500/1230` and `pair:1500/1230/210` are short for their clocks. A policy
+    with latency bounds among its settings takes those of `slo` that are not given.
+    `my_pkg.mod:MyPolicy:key=value` is a policy from outside. Raises `ConfigError` listing what
     there is for an unknown name, and naming each setting that is wrong.
     """
     name, colon, rest = text.partition(":")
@@ -122,14 +130,23 @@ def _unknown(name: str, known: list[str]) -> str:
 def _settings(name: str, text: str, source: str) -> dict[str, Any]:
     if name == "fixed" and text.isdecimal():
         return {"sm_clock_mhz": int(text)}
-    if name == "pair":
-        prefill, _, decode = text.partition("/")
-        if prefill.isdecimal() and decode.isdecimal():
-            return {"prefill_sm_clock_mhz": int(prefill), "decode_sm_clock_mhz": int(decode)}
+    if name == "pair" and (clocks := _pair_clocks(text)):
+        return clocks
     if name in SHORT_FORMS and "=" not in text:
         problem = f"{text!r}: must be in whole MHz, as in {SHORT_FORMS[name]}"
         raise ConfigError(f"--policy {source}", [problem])
     return parse_settings(text, source=f"--policy {source}")
+
+
+def _pair_clocks(text: str) -> dict[str, Any]:
+    """`1500/1230`, `1500/1230/210` or `1500/1230/default` as settings; nothing for other text."""
+    names = ("prefill_sm_clock_mhz", "decode_sm_clock_mhz", "idle_sm_clock_mhz")
+    parts = text.split("/")
+    numbers = parts[:2] if parts[2:] == ["default"] else parts
+    if len(parts) not in (2, 3) or not all(part.isdecimal() for part in numbers):
+        return {}
+    word = {} if numbers == parts else {"idle_sm_clock_mhz": "default"}
+    return dict(zip(names, map(int, numbers), strict=False)) | word
 
 
 def parse_settings(text: str, *, source: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ Report = Callable[[float], None]
 OnProgress = Callable[[int, float], None]
 """Called with a job's number and how far it is."""
 POLL_S = 0.2
+MIN_BOARD = 256
+"""Jobs that workers can report on without being started anew."""
 
 
 class StoppedError(Exception):
@@ -43,22 +45,21 @@ def one_by_one(
 
 
 class Processes:
-    """A pool of `count` worker processes, freshly started (`spawn`) for each call.
+    """A pool of up to `count` worker processes (`spawn`), which stay for the next call.
 
-    Leaving the iteration early stops the jobs under way at their next report.
+    Leaving the iteration early stops the jobs under way at their next report, and the workers.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self._executor: ProcessPoolExecutor | None = None
+        self._board: Any = ()
 
     def __call__(
         self, work: Callable[[T, Report], R], jobs: Sequence[T], on_progress: OnProgress
     ) -> Iterator[tuple[int, R]]:
-        context = multiprocessing.get_context("spawn")
-        board = context.RawArray("d", len(jobs) + 1)  # the last entry tells the workers to stop
-        executor = ProcessPoolExecutor(
-            min(self.count, len(jobs)) or 1, context, initializer=_hang_up, initargs=(board,)
-        )
+        executor, board = self._started(len(jobs))
+        is_done = False
         try:
             futures: dict[Future[R], int] = {
                 executor.submit(_work, work, job, number): number for number, job in enumerate(jobs)
@@ -70,9 +71,29 @@ class Processes:
                     on_progress(number, board[number])
                 for future in sorted(done, key=lambda each: futures[each]):
                     yield futures[future], future.result()
+            is_done = True
         finally:
-            board[len(jobs)] = 1.0
-            executor.shutdown(cancel_futures=True)
+            if not is_done:
+                self._stop()
+
+    def _started(self, jobs: int) -> tuple[ProcessPoolExecutor, Any]:
+        """Workers, and a board with room for so many jobs."""
+        if self._executor is None or len(self._board) <= jobs:
+            self._stop()
+            context = multiprocessing.get_context("spawn")
+            # The last entry tells the workers to stop.
+            self._board = context.RawArray("d", max(jobs, MIN_BOARD) + 1)
+            self._executor = ProcessPoolExecutor(
+                self.count, context, initializer=_hang_up, initargs=(self._board,)
+            )
+        self._board[:jobs] = [0.0] * jobs
+        return self._executor, self._board
+
+    def _stop(self) -> None:
+        if self._executor is not None:
+            self._board[-1] = 1.0
+            self._executor.shutdown(cancel_futures=True)
+            self._executor = None
 
 
 _board: Any = None

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agft_ray.files import replacing
-from agft_ray.results.convergence import FleetWindows
+from agft_ray.results.clock_regret import ClockRegret
 from agft_ray.results.distribution import Distribution, Slo
+from agft_ray.results.learning import FleetWindows
 from agft_ray.workloads.requests import RequestTimings
 
 if TYPE_CHECKING:
@@ -83,9 +84,11 @@ class RunRows:
     e2e_s: Spill = field(default_factory=Spill)
     clock_sum: float = 0.0
     clock_time_s: float = 0.0
-    _windows: tuple[Spill, Spill, Spill] = field(
-        default_factory=lambda: (Spill(), Spill(), Spill())
-    )
+    busy_windows: int = 0
+    over_bound: int = 0
+    """Of the busy windows of each replica."""
+    _windows: tuple[Spill, ...] = field(default_factory=lambda: tuple(Spill() for _ in range(5)))
+    """`FleetWindows`, then regret and the energy at the best clocks."""
     _pending: dict[int, list[float]] = field(default_factory=dict)
     """By index of the grid: how many replicas have told of it, and their sums."""
     _request_rows: Writer | None = None
@@ -120,8 +123,12 @@ class RunRows:
         duration_s = window.end_s - window.start_s
         self.clock_sum += window.sm_clock_mhz * duration_s
         self.clock_time_s += duration_s
-        sums = self._pending.setdefault(window.index, [0, 0.0, 0.0, 0.0])
-        for place, value in enumerate((1, window.energy_j, window.itl_sum_s, window.itl_count)):
+        self.busy_windows += window.busy_s > 0.0
+        self.over_bound += window.over_bound
+        latencies = (window.itl_sum_s, window.itl_count)
+        values = (1, window.energy_j, *latencies, window.regret_j, window.best_energy_j)
+        sums = self._pending.setdefault(window.index, [0.0] * len(values))
+        for place, value in enumerate(values):
             sums[place] += value
         if sums[0] == self.replicas:
             self._close_window(self._pending.pop(window.index))
@@ -134,7 +141,14 @@ class RunRows:
 
     def windows(self) -> FleetWindows:
         """The fleet's windows, of those that every replica has told of."""
-        return FleetWindows(*(spill.values() for spill in self._windows))
+        return FleetWindows(*(spill.values() for spill in self._windows[:3]))
+
+    def clock_regret(self) -> ClockRegret:
+        """Of the same windows."""
+        regret_j, best_energy_j = (spill.values() for spill in self._windows[3:])
+        return ClockRegret.of(
+            regret_j, best_energy_j, over_bound=self.over_bound, busy=self.busy_windows
+        )
 
     @property
     def sm_clock_mhz(self) -> float | None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agft_ray.policy.baselines.default import DefaultConfig
 from agft_ray.policy.registry import GovernorConfig, build_governor
 from agft_ray.policy.step import StepGovernor
-from agft_ray.results.convergence import FleetWindows, windows_to_converge, worst_tpot_ratio
 from agft_ray.results.labels import DEFAULT
+from agft_ray.results.learning import FleetWindows, worst_tpot_ratio
 from agft_ray.results.record import RunRecord
 from agft_ray.study.policy_specs import PolicySpec, is_governor
 from agft_ray.study.pool import Report
 from agft_ray.study.rows import RunRows, run_rows
 from agft_ray.study.scenario import Scenario
 from agft_ray.virtual.run import FleetSetup, FleetTotals, run_fleet
-from agft_ray.workloads.requests import RequestTimings
+from agft_ray.workloads.requests import Request, RequestTimings
+
+KEPT = 32
+"""Seeds whose requests a process keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ class Job:
     watch: Watch | None = None
     workers: int = 1
     """Processes over which the fleet is spread."""
+    keeps_requests: bool = False
+    """The process keeps the requests in memory for further runs of them, as in a search."""
 
 
 def perform(job: Job, report: Report) -> Run | None:
@@ -79,7 +84,7 @@ def perform(job: Job, report: Report) -> Run | None:
 
         try:
             totals = run_fleet(
-                scenario.requests(job.seed),
+                _requests(job),
                 fleet_setup(scenario, job.spec, job.seed),
                 workers=job.workers,
                 on_request=on_request,
@@ -89,6 +94,17 @@ def perform(job: Job, report: Report) -> Run | None:
         except AbandonedError:
             return None
         return _run(job, rows, totals)
+
+
+def _requests(job: Job) -> Iterable[Request]:
+    if not job.keeps_requests:
+        return job.scenario.requests(job.seed)
+    return _kept_requests(job.scenario.model_dump_json(), job.seed)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _kept_requests(scenario: str, seed: int) -> tuple[Request, ...]:
+    return tuple(Scenario.model_validate_json(scenario).requests(seed))
 
 
 def measure(job: Job, report: Report) -> RunRecord | None:
@@ -113,6 +129,7 @@ def fleet_setup(scenario: Scenario, spec: PolicySpec, seed: int) -> FleetSetup:
         seed=seed,
         duration_s=scenario.duration_s or 0.0,
         grid_s=scenario.window_s,
+        noise=scenario.noise,
     )
 
 
@@ -130,9 +147,8 @@ def _run(job: Job, rows: RunRows, totals: FleetTotals) -> Run:
     record = _record(job, rows, totals)
     default = windows if job.default is None else job.default.windows
     if job.spec.label == DEFAULT or job.default is not None:
-        converged = windows_to_converge(windows, default)
-        worst = worst_tpot_ratio(windows, default, converged)
-        record = replace(record, windows_to_converge=converged, worst_exploration_tpot_ratio=worst)
+        worst = worst_tpot_ratio(windows, default, record.windows_to_low_regret)
+        record = replace(record, worst_exploration_tpot_ratio=worst)
     return Run(record, windows)
 
 
@@ -140,6 +156,7 @@ def _record(job: Job, rows: RunRows, totals: FleetTotals) -> RunRecord:
     scenario, energy_j = job.scenario, totals.energy_j
     ttft_s, tpot_s, e2e_s = rows.distributions()
     judged = rows.requests + totals.rejected
+    regret = rows.clock_regret()
     return RunRecord(
         policy=job.spec.label,
         gpu=scenario.gpu,
@@ -159,7 +176,10 @@ def _record(job: Job, rows: RunRows, totals: FleetTotals) -> RunRecord:
         edp_j_s=None if e2e_s.mean is None else energy_j * e2e_s.mean,
         slo_attainment=_ratio(rows.kept_slo, judged) if scenario.request_slo else None,
         clock_changes=totals.clock_changes,
-        windows_to_converge=None,
+        energy_regret_j=regret.energy_j,
+        energy_regret=regret.relative,
+        windows_to_low_regret=regret.windows_to_low,
+        windows_over_bound=regret.over_bound,
         failed=totals.rejected,
         prompt_tokens=totals.prompt_tokens,
         sm_clock_mhz=rows.sm_clock_mhz,
@@ -168,6 +188,8 @@ def _record(job: Job, rows: RunRows, totals: FleetTotals) -> RunRecord:
         slo_ttft_s=scenario.slo.ttft_s,
         slo_tpot_s=scenario.slo.tpot_s,
         profile_change=scenario.profile_change,
+        noise=scenario.noise,
+        world=scenario.world,
     )
 
 

@@ -55,6 +55,10 @@ class Scenario(StrictModel):
     """Replicas exchange what they learned."""
     profile_values: dict[str, float] = Field(default_factory=dict)
     """Numbers of the GPU profile to replace, by dotted path."""
+    noise: bool = False
+    """Step times and energy counters vary as the GPU profile's section `noise` says."""
+    world: str | None = None
+    """The name of the world (`study.worlds`) that `profile_values` and `noise` make up."""
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -80,10 +84,7 @@ class Scenario(StrictModel):
 
     def profile(self) -> GpuProfile:
         """The GPU, with the replaced numbers; raises `ConfigError` for what is invalid."""
-        profile = load_gpu_profile(self.gpu)
-        for path, value in self.profile_values.items():
-            profile = profile.with_value(path, value)
-        return profile
+        return load_gpu_profile(self.gpu).with_values(self.profile_values)
 
     def tuner(self, policy: StrictModel) -> TunerConfig:
         """A tuner's settings with this policy."""

@@ -10,21 +10,15 @@ from typing import Any, TypeVar
 
 from agft_ray.errors import AgftError
 from agft_ray.results.comparison import with_regret
-from agft_ray.results.labels import BEST_STATIC, DEFAULT, FRONTIER, LOWER_BOUND, ORACLE_PAIR
+from agft_ray.results.labels import BEST_STATIC, BEST_STEPS, DEFAULT, FRONTIER, ORACLE_PAIR
 from agft_ray.results.record import RunRecord
-from agft_ray.study.lower_bound import perform_lower_bound
-from agft_ray.study.oracle import (
-    Bounds,
-    OracleObjective,
-    best_static,
-    fixed_jobs,
-    oracle_pair,
-    pair_jobs,
-)
+from agft_ray.study.best_steps import perform_best_steps
+from agft_ray.study.oracle import Axes, Oracle, OracleObjective
 from agft_ray.study.policy_specs import SEARCHES, PolicySpec, parse_policy
 from agft_ray.study.pool import OnProgress, Pool, Report
 from agft_ray.study.run import Job, Run, measure, perform
 from agft_ray.study.scenario import Scenario
+from agft_ray.study.static import best_static, fixed_jobs
 
 R = TypeVar("R")
 WORTH_SPREADING_S = 10_000.0
@@ -53,7 +47,7 @@ class Study:
     folder: Path | None = None
     """Where the rows of the named policies' runs go."""
     clock_step_mhz: int = 90
-    oracle_step_mhz: int = 90
+    oracle_step_mhz: int = 30
     oracle_objective: OracleObjective = "edp"
     processes: int = 1
     """How many may run at once: where there are fewer runs, their replicas are spread."""
@@ -72,7 +66,7 @@ class Study:
             self._named(pool, on_phase, default)
             self._fixed(pool, on_phase, default)
             self._oracle(pool, on_phase, default)
-            self._lower_bound(pool, on_phase, default)
+            self._best_steps(pool, on_phase, default)
         finally:
             self.records = self._ordered(with_regret(self.records))
         return self.records
@@ -141,27 +135,28 @@ class Study:
     def _oracle(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
         if not self._wants(ORACLE_PAIR):
             return
-        jobs = [
-            job
-            for seed in self.seeds
-            for job in pair_jobs(self._template(seed), default[seed], self.oracle_step_mhz)
-        ]
-        runs = _all(pool, measure, jobs, on_phase("pairs of clocks", len(jobs)))
-        found = [run for run in runs if run is not None]
-        for seed in self.seeds:
-            bounds = Bounds.of(default[seed].record, self.scenario.slo)
-            runs_of_seed = (record for record in found if record.seed == seed)
-            best = oracle_pair(runs_of_seed, bounds, self.oracle_objective)
-            if best is not None:
-                self.records.append(best)
-            else:
-                self.notes.append(f"oracle_pair: no pair of clocks meets the bounds, seed {seed}.")
 
-    def _lower_bound(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
-        if self._wants(LOWER_BOUND):
+        def measured(jobs: Sequence[Job]) -> list[RunRecord | None]:
+            return _all(pool, measure, jobs, on_phase(ORACLE_PAIR, len(jobs)))
+
+        scenario = self.scenario
+        found = Oracle(
+            templates={seed: self._template(seed) for seed in default},
+            defaults=default,
+            axes=Axes.of(scenario.profile(), scenario.model, self.oracle_step_mhz),
+            objective=self.oracle_objective,
+            measure=measured,
+        ).best()
+        self.records += found
+        if not found:
+            self.notes.append("oracle_pair: no plan of clocks keeps the bounds.")
+
+    def _best_steps(self, pool: Pool, on_phase: OnPhase, default: dict[int, Run]) -> None:
+        if self._wants(BEST_STEPS):
             jobs = [replace(self._template(s), default=default[s]) for s in self.seeds]
-            on_progress = on_phase("lower bound", len(jobs))
-            self.records += _all(pool, perform_lower_bound, jobs, on_progress)
+            on_progress = on_phase(BEST_STEPS, len(jobs))
+            found: list[RunRecord] = _all(pool, perform_best_steps, jobs, on_progress)
+            self.records += [_without_clock_regret(record) for record in found]
 
     def _template(self, seed: int) -> Job:
         return Job(self.scenario, parse_policy(DEFAULT), seed)
@@ -179,6 +174,17 @@ class Study:
             return place, clock, seeds[record.seed or 0]
 
         return sorted(records, key=key)
+
+
+def _without_clock_regret(record: RunRecord) -> RunRecord:
+    """Of what was never run."""
+    return replace(
+        record,
+        energy_regret_j=None,
+        energy_regret=None,
+        windows_to_low_regret=None,
+        windows_over_bound=None,
+    )
 
 
 def _all(

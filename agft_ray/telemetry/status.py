@@ -64,6 +64,10 @@ class TunerStatus:
     gpu_model: str | Unknown = UNKNOWN
     actuator: str | Unknown = UNKNOWN
     clock_changes: int | Unknown = UNKNOWN
+    phase_changes: int | Unknown = UNKNOWN
+    """Those of them within a plan."""
+    plan: tuple[Arm, Arm, Arm] | Unknown = UNKNOWN
+    """The arms in force for prefill, decode and an empty engine; None: default clocks."""
     reset_due: bool | Unknown = UNKNOWN
     """The clocks have yet to be reset."""
     last_reward: float | Unknown | None = UNKNOWN

@@ -21,10 +21,12 @@ from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.physics import prefill_attention_s
 from agft_ray.simulation.profiles import GpuProfile
 from agft_ray.simulation.virtual_engine import VirtualEngine
+from agft_ray.simulation.work_done import WorkDone
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import READINGS_PER_WINDOW, Tuner, WindowRecord
 from agft_ray.types import Arm, EngineSample
+from agft_ray.virtual.best_clocks import BestClocks
 from agft_ray.virtual.governed import GovernedSteps
 from agft_ray.virtual.routers import RouterName
 from agft_ray.virtual.switched import SwitchedClocks
@@ -52,6 +54,7 @@ class FleetSetup:
         grid_s: length of the measured windows, which are the same for every policy.
         share_interval_s: time between exchanges of experience, where the tuner shares it.
         jumps: jump over series of decode steps; without, the same takes longer.
+        noise: step times and energy counters vary as the profile's section `noise` says.
     """
 
     gpu: GpuProfile
@@ -66,6 +69,7 @@ class FleetSetup:
     grid_s: float = 2.0
     share_interval_s: float = 1.0
     jumps: bool = True
+    noise: bool = False
 
     def stream(self, replica: int) -> int:
         """A seed for one replica, independent of the others'."""
@@ -97,6 +101,14 @@ class GridWindow:
     """At the end."""
     arm: Arm
     """What was locked at the end."""
+    best_energy_j: float
+    """Expected at the best clocks for the same work; see `BestClocks`."""
+    regret_j: float
+    """Energy beyond that; what was saved by exceeding a bound is not subtracted."""
+    busy_s: float
+    """How long steps ran."""
+    over_bound: int
+    """1 if steps with prefill, or the others, took longer than they may, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +159,11 @@ class VirtualReplica:
         """Requests submitted and not yet answered."""
         self.clock = ManualClock()
         self._setup, self._listeners = setup, listeners
-        self._device = Device(setup.gpu, model, seed=setup.stream(index))
+        self._done = WorkDone()
+        self._device = Device(
+            setup.gpu, model, seed=setup.stream(index), noise=setup.noise, done=self._done
+        )
+        self._best = BestClocks(setup.gpu, model, setup.tuner.slo)
         core = BatchingEngine(
             setup.engine.for_model(model), functools.partial(prefill_attention_s, model)
         )
@@ -271,13 +287,17 @@ class VirtualReplica:
     def _close_window(self) -> None:
         start, end = self._grid_start, self._grid_point()
         before, after = start.engine, end.engine
+        energy_j, duration_s = end.energy_j - start.energy_j, after.t_s - before.t_s
+        regret = self._best.regret(self._done, duration_s, energy_j)
+        busy_s = self._done.busy_s
+        self._done.clear()
         window = GridWindow(
             replica=self.index,
             index=self._grid_index,
             start_s=before.t_s,
             end_s=after.t_s,
-            energy_j=end.energy_j - start.energy_j,
-            sm_clock_mhz=(end.sm_clock_mhz_s - start.sm_clock_mhz_s) / (after.t_s - before.t_s),
+            energy_j=energy_j,
+            sm_clock_mhz=(end.sm_clock_mhz_s - start.sm_clock_mhz_s) / duration_s,
             itl_sum_s=after.itl_sum_s - before.itl_sum_s,
             itl_count=after.itl_count - before.itl_count,
             ttft_sum_s=after.ttft_sum_s - before.ttft_sum_s,
@@ -287,6 +307,10 @@ class VirtualReplica:
             running=after.running,
             waiting=after.waiting,
             arm=self._device.locked,
+            best_energy_j=regret.best_energy_j,
+            regret_j=regret.regret_j,
+            busy_s=busy_s,
+            over_bound=int(regret.is_over_bound),
         )
         self._grid_start = end
         self._grid_index += 1

@@ -3,14 +3,17 @@ who gets a request."""
 
 from __future__ import annotations
 
+import heapq
 import os
+import select
 import signal
+import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any
 
 from agft_ray.clock import ManualClock
 from agft_ray.virtual.replica import FleetSetup, Listeners, ReplicaTotals, VirtualReplica
@@ -26,52 +29,44 @@ Event = tuple[tuple[int, int], str, tuple[Any, ...]]
 _SUBMITTING = sys.maxsize
 """After all its candidates have been brought to an arrival's time."""
 
-_COUNT_BYTES = 4
+_COUNT = struct.Struct("<QQ")
 _READ_BYTES = 2**16
 
 
 class Link:
-    """Counts to and from another worker, in the order of the arrivals that they are about."""
+    """To and from another worker: of which arrival, how many requests its candidate has."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection  # which closes the descriptor when it goes
         self._received = b""
-        self.open: deque[Open] = deque()
-        """Arrivals of which the other's count is not known yet, first come first."""
 
-    def send(self, count: int) -> None:
+    def fileno(self) -> int:
+        """For `select`."""
+        return self._connection.fileno()
+
+    def send(self, number: int, count: int) -> None:
         """Tell it at once: the other may wait for it."""
-        os.write(self._connection.fileno(), count.to_bytes(_COUNT_BYTES))
+        os.write(self.fileno(), _COUNT.pack(number, count))
 
-    def receive(self) -> int:
-        """The next count; waits for it if need be."""
-        while len(self._received) < _COUNT_BYTES:
-            more = os.read(self._connection.fileno(), _READ_BYTES)
-            if not more:
-                raise EOFError
-            self._received += more
-        count, self._received = self._received[:_COUNT_BYTES], self._received[_COUNT_BYTES:]
-        return int.from_bytes(count)
-
-
-class Open(NamedTuple):
-    """A request that goes to one of our replicas or to another worker's, by how many each has."""
-
-    arrival: Arrival
-    ours: int
-    ongoing: int
-    """What ours had under way."""
-    link: Link
+    def receive(self) -> Iterator[tuple[int, int]]:
+        """All that has come; waits for it if need be."""
+        more = os.read(self.fileno(), _READ_BYTES)
+        if not more:
+            raise EOFError
+        self._received += more
+        whole = len(self._received) // _COUNT.size * _COUNT.size
+        yield from _COUNT.iter_unpack(self._received[:whole])
+        self._received = self._received[whole:]
 
 
 class Share:
     """The replicas of worker `number` of as many as there are `links` and one: every so-manieth.
 
     `links` lead to the other workers, by number. Of a request whose candidates are on two workers
-    each tells the other how many its own has under way, and both come to the same choice. Until
-    the other's count is there only that replica stands still. All workers must be handed their
-    arrivals in the same order: of those that are open somewhere, the first one's counts are under
-    way, so that nobody waits for ever.
+    each tells the other how many its own has under way, and both come to the same choice. Each
+    replica goes its own way through the arrivals that it is a candidate of, and stands still only
+    until the other candidate has come to the same one: of all arrivals that are open, the first
+    one's candidates can always go on.
     """
 
     def __init__(
@@ -91,8 +86,14 @@ class Share:
         replicas = [VirtualReplica(setup, index, listeners) for index in range(setup.replicas)]
         ExperienceSharing(setup, replicas, ManualClock()).exchange()
         self._ours = {r.index: r for r in replicas if r.index % self._workers == number}
-        self._open: dict[int, Open] = {}
-        """By our replica."""
+        self._ahead: dict[int, deque[Arrival]] = {index: deque() for index in self._ours}
+        """What each of ours still has to go through."""
+        self._counts: dict[int, dict[int, int]] = {}
+        """Of open arrivals: how many requests the candidates that have come to them have."""
+        self._shared: dict[int, tuple[int, ...]] = {}
+        """Candidates of the arrivals that await another worker's count."""
+        self._ready: list[tuple[int, int]] = []
+        """A heap of the next arrivals of our replicas that can go on, and which these are."""
         self.rejected = 0
 
     def _listener(self, name: str) -> Callable[..., None]:
@@ -101,45 +102,60 @@ class Share:
     def take(self, arrivals: Sequence[Arrival]) -> None:
         """Let time pass until each request arrives, and take those that are for our replicas."""
         for arrival in arrivals:
-            number, request, candidates = arrival
+            number, _, candidates = arrival
             ours = [index for index in candidates if index in self._ours]
             for index in ours:
-                self._settle(index)
-                self._now = number, candidates.index(index)
-                self._ours[index].advance_to(request.arrival_s)
-            if len(ours) == len(candidates):
-                self._submit(fewest(candidates, self._ongoing), arrival)
-            else:
-                self._ask(arrival, ours[0])
+                self._ahead[index].append(arrival)
+            if len(ours) < len(candidates):
+                self._shared[number] = candidates
         for index in self._ours:
-            self._settle(index)
+            self._make_ready(index)
+        while self._ready or self._shared:
+            self._receive()
+            if self._ready:
+                self._go_on(heapq.heappop(self._ready)[1])
 
-    def _ask(self, arrival: Arrival, ours: int) -> None:
-        (other,) = (index for index in arrival[2] if index != ours)
-        link, count = self._links[other % self._workers], self._ongoing(ours)
-        link.send(count)
-        self._open[ours] = Open(arrival, ours, count, link)
-        link.open.append(self._open[ours])
+    def _make_ready(self, index: int) -> None:
+        if ahead := self._ahead[index]:
+            heapq.heappush(self._ready, (ahead[0][0], index))
 
-    def _settle(self, index: int) -> None:
-        """Give the replica the request that it may still get, if it is to."""
-        if index not in self._open:
+    def _receive(self) -> None:
+        """What the others have told, without waiting if there is something else to do."""
+        links = self._links.values() if self._shared else ()
+        for link in select.select(links, (), (), 0 if self._ready or not links else None)[0]:
+            for number, count in link.receive():
+                candidates = self._shared.pop(number)
+                counts = self._counts.setdefault(number, {})
+                (other,) = (index for index in candidates if index not in self._ours)
+                if counts:  # ours stands still for it
+                    self._make_ready(*counts)
+                counts[other] = count
+
+    def _go_on(self, index: int) -> None:
+        """Bring a replica to its next arrival, and beyond if all candidates have come to it."""
+        number, request, candidates = self._ahead[index][0]
+        counts = self._counts.setdefault(number, {})
+        if index not in counts:
+            self._now = number, candidates.index(index)
+            self._ours[index].advance_to(request.arrival_s)
+            counts[index] = self._ours[index].ongoing
+            for other in candidates:
+                if other not in self._ours:
+                    self._links[other % self._workers].send(number, counts[index])
+        if len(counts) == len(candidates):
+            del self._counts[number]
+            self._give(number, request, fewest(candidates, counts.__getitem__))
+            for candidate in candidates:
+                if candidate in self._ours:
+                    self._ahead[candidate].popleft()
+                    self._make_ready(candidate)
+
+    def _give(self, number: int, request: Request, chosen: int) -> None:
+        if chosen not in self._ours:
             return
-        link = self._open[index].link
-        while index in self._open:
-            arrival, ours, count, _ = link.open.popleft()
-            counts = dict.fromkeys(arrival[2], link.receive()) | {ours: count}
-            del self._open[ours]
-            if fewest(arrival[2], counts.__getitem__) == ours:
-                self._submit(ours, arrival)
-
-    def _ongoing(self, index: int) -> int:
-        return self._ours[index].ongoing
-
-    def _submit(self, index: int, arrival: Arrival) -> None:
-        self._now = arrival[0], _SUBMITTING
+        self._now = number, _SUBMITTING
         try:
-            self._ours[index].submit(arrival[1])
+            self._ours[chosen].submit(request)
         except ValueError:
             self.rejected += 1
 

@@ -1,10 +1,11 @@
 """What the acceptance tests share: the measured tables, and a list of the numbers reached."""
 
 import csv
+import itertools
 
 import pytest
 
-REACHED = pytest.StashKey[list]()
+REACHED = "reached"
 
 
 @pytest.fixture(scope="session")
@@ -26,21 +27,23 @@ def number(text):
 
 
 @pytest.fixture
-def reached(request):
+def reached(record_property):
     """Notes a number for the summary, beside the bound it must keep; returns it."""
 
     def note(what, value, bound):
-        request.config.stash.setdefault(REACHED, []).append((what, value, bound))
+        record_property(REACHED, f"{what}: {shown(value)} ({shown(bound)})")
         return value
 
     return note
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if rows := config.stash.get(REACHED, []):
+def pytest_terminal_summary(terminalreporter):
+    reports = itertools.chain.from_iterable(terminalreporter.stats.values())
+    properties = (p for report in reports for p in getattr(report, "user_properties", ()))
+    if lines := dict.fromkeys(line for name, line in properties if name == REACHED):
         terminalreporter.section("reached, and allowed")
-        for what, value, bound in rows:
-            terminalreporter.line(f"{what}: {shown(value)} ({shown(bound)})")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 def shown(value):

@@ -6,7 +6,7 @@ import time
 import pytest
 from rig import running
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.alone]
 
 HANG_S = 30.0
 UNHURT_S = 5.0

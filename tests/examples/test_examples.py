@@ -6,12 +6,16 @@ import secrets
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
-@pytest.mark.ray
-def test_own_deployment(request):
+
+def words_of(script, *arguments, timeout_s):
+    """What an example that serves says of its tuner, by name. All of them use Serve's port 8000, so
+    that their tests must not run side by side, and are in one file."""
     with tempfile.TemporaryDirectory(prefix="agft-") as ray_dir:
         environment = {
             **os.environ,
@@ -22,24 +26,39 @@ def test_own_deployment(request):
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         result = subprocess.run(
-            [sys.executable, str(request.config.rootpath / "examples" / "own_deployment.py")],
+            [sys.executable, script, *arguments],
             env=environment,
             cwd=ray_dir,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=timeout_s,
         )
     assert result.returncode == 0, result.stderr[-3000:]
-    words = dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
+    return dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
+
+
+@pytest.mark.ray
+def test_own_deployment():
+    words = words_of(EXAMPLES / "own_deployment.py", timeout_s=180)
     assert words["locked_sm_clock_mhz"] == "1230"
     assert words["state"] == "tuning"
     assert int(words["windows"]) >= 3
 
 
-def test_own_policy(request, tmp_path):
-    script = request.config.rootpath / "examples" / "own_policy.py"
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_vllm_deployment(tiny_model):
+    """On the CPU."""
+    words = words_of(EXAMPLES / "vllm_deployment.py", tiny_model, timeout_s=400)
+    assert words["asked_for"] == "1600"
+    assert words["generation_tokens"] == "1600"
+    assert words["locked_sm_clock_mhz"] == "1230"
+    assert words["state"] == "tuning"
+
+
+def test_own_policy(tmp_path):
     result = subprocess.run(
-        [sys.executable, str(script), "--json", str(tmp_path / "runs.json")],
+        [sys.executable, EXAMPLES / "own_policy.py", "--json", str(tmp_path / "runs.json")],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,5 +1,4 @@
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,12 +27,3 @@ def fake(directory, request):
         patch.setenv("AGFT_RAY_LEASE_DIR", str(directory / "leases"))
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         yield fake
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    """A model of random weights, for real vLLM on the CPU."""
-    path = tmp_path_factory.mktemp("model") / "tiny-model"
-    script = TESTS.parent / "examples" / "tiny_model.py"
-    subprocess.run([sys.executable, script, path], check=True)
-    return path

@@ -9,12 +9,19 @@ from agft_ray.serve.simulated.config import AppConfig
 
 pytestmark = pytest.mark.ray
 
+ONE = {"num_replicas": 1}
+"""Serve starts three for each replica before it gives up."""
+
 
 @pytest.mark.parametrize(
     ("args", "user_config", "words"),
     [
         ({"speeed": 4}, {}, "speeed: unknown setting; did you mean 'speed'?"),
-        ({}, {"slo": {"tpot_s": -1.0}}, "slo.tpot_s: input should be greater than 0, got -1.0"),
+        (
+            ONE,
+            {"holdout_replicas": 0, "slo": {"tpot_s": -1.0}},
+            "slo.tpot_s: input should be greater than 0, got -1.0",
+        ),
     ],
 )
 def test_mistakes_fail_the_deployment_with_the_validators_words(tmp_path, args, user_config, words):

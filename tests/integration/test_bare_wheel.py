@@ -29,10 +29,11 @@ def bare(request, tmp_path_factory):
     pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
     wheel = [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(source)]
     subprocess.run([sys.executable, *wheel], check=True)
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     (built,) = folder.glob("*.whl")
-    install = [*pip, "install", "--constraint", str(root / "constraints.txt"), str(built)]
-    subprocess.run([str(environment / "bin" / "python"), *install], check=True)
+    into = [*pip, "--python", str(environment / "bin" / "python")]
+    install = [*into, "install", "--constraint", str(root / "constraints.txt"), str(built)]
+    subprocess.run([sys.executable, *install], check=True)
     shutil.copy(root / "configs" / "simulated.yaml", folder)
     return environment / "bin"
 

@@ -56,6 +56,7 @@ def llm_config(model, nodes, **engine_kwargs):
             "num_replicas": 1,
             "ray_actor_options": {"num_cpus": 0.1},
             "health_check_period_s": 600,
+            "graceful_shutdown_wait_loop_s": 0.1,
         },
     }
 

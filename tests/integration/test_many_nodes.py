@@ -52,6 +52,7 @@ def busy(t_s):
     placement_group_strategy="STRICT_SPREAD",
     ray_actor_options={"num_cpus": 0.1, "resources": {"a": 0.1}},
     health_check_period_s=1,
+    graceful_shutdown_wait_loop_s=0.1,
 )
 class TwoNodes:
     def __init__(self, lease_dir):

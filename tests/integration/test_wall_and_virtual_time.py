@@ -5,7 +5,6 @@ import asyncio
 import pytest
 from serve_app import running_app, simulated_config, wait_until
 
-from agft_ray.policy.baselines.fixed import FixedConfig
 from agft_ray.replay.client import replay
 from agft_ray.replay.summary import summarise
 from agft_ray.settings import TunerConfig
@@ -13,24 +12,24 @@ from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.virtual.run import run_virtual
 from agft_ray.workloads.generators import generate_conversation
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.alone]
 DURATION_S = 180.0
 RATE_PER_S = 0.6
-CLOCKS_MHZ = (1230, 1545)
+FIXED = [{"name": "fixed", "sm_clock_mhz": clock} for clock in (1230, 1545)]
+PAIR = {"name": "pair", "prefill_sm_clock_mhz": 1545, "decode_sm_clock_mhz": 1230}
+PLANS = ([1230] * 3, [1545] * 3, [1545, 1230, 210])
 SPEED = 6
 TOLERANCE = 0.03
 
 
-def settings(sm_clock_mhz):
-    fixed = {"name": "fixed", "sm_clock_mhz": sm_clock_mhz}
-    return {"mode": "control", "holdout_replicas": 0, "policy": fixed}
+def settings(policy):
+    return {"mode": "control", "holdout_replicas": 0, "policy": policy}
 
 
-def in_virtual_time(sm_clock_mhz, requests, duration_s, engine):
-    policy = FixedConfig(sm_clock_mhz=sm_clock_mhz)
+def in_virtual_time(policy, requests, duration_s, engine):
     run = run_virtual(
         requests,
-        TunerConfig(policy=policy),
+        TunerConfig.model_validate({"policy": policy}),
         engine_config=EngineConfig(**engine),
         duration_s=duration_s,
     )
@@ -38,35 +37,37 @@ def in_virtual_time(sm_clock_mhz, requests, duration_s, engine):
     return run.energy_j / run.duration_s * duration_s, sum(tpots_s) / len(tpots_s)
 
 
-def test_energy_and_tpot_agree_at_fixed_clocks(directory):
+def test_energy_and_tpot_agree_at_fixed_clocks_and_where_they_are_switched(directory):
     requests = list(generate_conversation(RATE_PER_S, DURATION_S, seed=0))
     arguments = {"speed": SPEED, "num_replicas": 1}
     content = simulated_config(
-        directory, args=arguments, user_config=settings(CLOCKS_MHZ[0]) | {"slo": {}}
+        directory, args=arguments, user_config=settings(FIXED[0]) | {"slo": {}}
     )
     (application,) = content["applications"]
     results = []
     with running_app(directory, content) as app:
-        for sm_clock_mhz in CLOCKS_MHZ:
-            application["deployments"][0]["user_config"] |= settings(sm_clock_mhz)
+        for policy, plan in zip((*FIXED, PAIR), PLANS, strict=True):
+            application["deployments"][0]["user_config"] |= settings(policy)
             app.deploy(content)
             wait_until(
-                lambda: [r["locked_sm_clock_mhz"] for r in app.alive()] == [sm_clock_mhz],  # noqa: B023
+                lambda: [list(r.get("plan", ())) for r in app.alive()] == [plan],  # noqa: B023
                 30,
-                f"locked at {sm_clock_mhz} MHz",
+                f"the plan {plan}",
             )
             results.append(asyncio.run(replay(requests, url=app.url, duration_s=DURATION_S)))
 
+        (status,) = app.alive()
+    assert status["phase_changes"] > len(requests), "a prompt or two at a time"
     engine = application["args"]["engine"]
-    for sm_clock_mhz, result in zip(CLOCKS_MHZ, results, strict=True):
+    for policy, result in zip((*FIXED, PAIR), results, strict=True):
         assert [row.status for row in result.rows] == ["ok"] * len(requests)
         (group,) = summarise(result).groups
         (first,), (last,) = result.timeline[0].replicas, result.timeline[-1].replicas
         duration_s = last.energy_t_s - first.energy_t_s
         energy_j = last.energy_j - first.energy_j
-        expected_j, tpot_s = in_virtual_time(sm_clock_mhz, requests, duration_s, engine)
+        expected_j, tpot_s = in_virtual_time(policy, requests, duration_s, engine)
         print(
-            f"{sm_clock_mhz} MHz, {duration_s:.0f} s: {energy_j:.0f} J in wall time, "
+            f"{policy}, {duration_s:.0f} s: {energy_j:.0f} J in wall time, "
             f"{expected_j:.0f} J in virtual; TPOT {group.tpot_s.mean * 1e3:.2f} and "
             f"{tpot_s * 1e3:.2f} ms"
         )

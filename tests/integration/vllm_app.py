@@ -70,6 +70,7 @@ def shipped(model, *, replicas, energy):
     llm_config["model_loading_config"]["model_source"] = str(model)
     deployment = llm_config["deployment_config"]
     deployment |= {"num_replicas": replicas, "health_check_period_s": 1}
+    deployment |= {"graceful_shutdown_wait_loop_s": 0.1}
     deployment["ray_actor_options"] |= {"num_gpus": 1 if "uuids" not in energy["gpu"] else 0}
     return content
 

@@ -75,6 +75,8 @@ class TunedServerMixin:
             llm_config.update_engine_kwargs(enable_logging_iteration_details=True)
         with stats.registered():
             await super().start()  # type: ignore[misc]
+        engine = getattr(self, "engine", None)
+        stats.watch(getattr(engine, "_engine_client", engine), self._tuner.switch)
 
     async def check_health(self) -> None:
         """The engine's health, and whether its GPU is still there."""

@@ -133,7 +133,9 @@ class SimulatedLLM:
             figures=lambda: self._engine.lateness(),
         )
         self._clock = clock
-        self._engine = WallEngine(engine, device, clock, on_wake=self._link.wake)
+        self._engine = WallEngine(
+            engine, device, clock, on_wake=self._link.wake, phases=self._link.switch
+        )
         self._running = asyncio.get_running_loop().create_task(self._engine.run())
         self._lengths = random.Random(f"{config.seed}:{context.replica_id.unique_id}")
         self._aggregator = get_aggregator()

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from agft_ray.errors import StaleMetricsError
+from agft_ray.serve.vllm.pending import PendingPrompts
 from agft_ray.serve.vllm.receiver import receiver, set_receiver
+from agft_ray.simulation.batch import StepListener
 from agft_ray.telemetry.counters import EngineStats
 from agft_ray.types import EngineSample
 
@@ -50,6 +52,7 @@ class VllmStats:
     tuner = attach_tuner(stats.sample, gpu=NvmlGpuConfig(), engine_model="...")
     with stats.registered():
         engine = AsyncLLM.from_engine_args(args)
+    stats.watch(engine, tuner.switch)
     ```
 
     vLLM calls `record` once an iteration, in the process and on the event loop of the engine's
@@ -69,8 +72,10 @@ class VllmStats:
         self._quiet, self._now_s = quiet, now_s
         self._stats = EngineStats()
         self._engines: dict[int, _Gauges] = {}
-        self._has_details = False
+        self._has_details = self._had_prefill = False
         self._problem = ""
+        self._prompts: PendingPrompts | None = None
+        self._watched: object = None
 
     @property
     def is_connected(self) -> bool:
@@ -89,6 +94,8 @@ class VllmStats:
             raise StaleMetricsError("vLLM has not started yet")
         self._check_not_silent()
         gauges = self._engines.values()
+        if self._prompts is not None:
+            self._prompts.settle(is_empty=not any(g.running + g.waiting for g in gauges))
         return self._stats.sample(
             t_s=t_s,
             running=sum(gauge.running for gauge in gauges),
@@ -105,6 +112,31 @@ class VllmStats:
                     f"engine {index} has done no step for {silent_s:.0f} s, with "
                     f"{gauges.running} requests running and {gauges.waiting} waiting"
                 )
+
+    def watch(self, engine: object, switch: StepListener) -> None:
+        """Have the switch told of this `AsyncLLM`'s arrivals and steps, so that prompts and further
+        tokens may have clocks of their own.
+
+        Never raises. Of an engine without `add_request` prompts are noticed a step late, once they
+        wait in its scheduler.
+        """
+        self._prompts = PendingPrompts(switch, now_s=self._now_s)
+        if engine is self._watched:
+            return
+        try:
+            add_request = engine.add_request  # type: ignore[attr-defined]
+            engine.add_request = self._telling(add_request)  # type: ignore[attr-defined]
+            self._watched = engine
+        except AttributeError as error:
+            log.warning("arrivals cannot be watched: %s", error)
+
+    def _telling(self, add_request: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*arguments: Any, **further: Any) -> Any:
+            if self._prompts is not None:
+                self._prompts.on_arrival()
+            return add_request(*arguments, **further)
+
+        return told
 
     @contextlib.contextmanager
     def registered(self) -> Iterator[None]:
@@ -153,6 +185,7 @@ class VllmStats:
                 self._add_scheduler(scheduler, self._engines[engine_index])
             if iteration is not None:
                 self._add_iteration(iteration)
+                self._tell_prompts(iteration)
         except Exception as error:
             self._fail(f"vLLM's statistics cannot be read: {error!r}", exc_info=error)
 
@@ -170,6 +203,7 @@ class VllmStats:
         if details is None:
             return
         if not details.is_dummy:
+            self._had_prefill = details.num_ctx_tokens > 0
             self._stats.on_step(
                 prefill_tokens=details.num_ctx_tokens,
                 decode_tokens=details.num_generation_tokens,
@@ -177,6 +211,20 @@ class VllmStats:
             )
         if self._quiet:
             scheduler.iteration_details = None
+
+    def _tell_prompts(self, iteration: Any) -> None:
+        if self._prompts is None:
+            return
+        gauges = self._engines.values()
+        first_tokens = len(iteration.time_to_first_tokens_iter)
+        self._prompts.on_step(
+            running=sum(gauge.running for gauge in gauges),
+            waiting=sum(gauge.waiting for gauge in gauges),
+            first_tokens=first_tokens,
+            had_prefill=self._had_prefill or first_tokens > 0,
+            is_timed=self._has_details,
+        )
+        self._had_prefill = False
 
     def _add_iteration(self, iteration: Any) -> None:
         stats = self._stats

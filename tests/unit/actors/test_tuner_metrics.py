@@ -53,8 +53,8 @@ def metrics_of(uuid="GPU-1", actuator=Actuator.SM_CLOCK):
 
 
 def tuner(*, state="tuning", locked=None, changes=0):
-    control = SimpleNamespace(locked=locked)
-    return SimpleNamespace(state=state, control=control, clock_changes=changes)
+    control = SimpleNamespace(locked=locked, changes=changes, phase_changes=changes // 2)
+    return SimpleNamespace(state=state, control=control)
 
 
 def series(uuid="GPU-1"):
@@ -78,6 +78,7 @@ def test_clock_changes_are_counted(made):
     for changes in (1, 1, 4):
         metrics.show(tuner(changes=changes))
     assert made["agft_clock_changes"].values == {series(): 4}
+    assert made["agft_phase_changes"].values == {series(): 2}
 
 
 def test_a_groups_lock_has_a_series_for_each_gpu_as_rays_own_metrics_have(made, make_window):

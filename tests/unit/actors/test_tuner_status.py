@@ -14,7 +14,7 @@ from agft_ray.actors.tuner_status import (
 )
 from agft_ray.replay.result import ReplicaStatus
 from agft_ray.telemetry.status import TunerState, TunerStatus
-from agft_ray.types import Actuator, Mode, ServeWindow
+from agft_ray.types import Actuator, Mode, Plan, ServeWindow
 
 STARTING = TunerStatus(
     rank=None,
@@ -59,12 +59,13 @@ def test_what_is_not_known_is_not_there_and_none_is():
 def test_of_the_loop():
     tuner = SimpleNamespace(
         state=TunerState.HELD,
-        control=SimpleNamespace(reason="", reset_due=True),
+        control=SimpleNamespace(
+            reason="", reset_due=True, changes=3, phase_changes=2, plan=Plan(1500, 1230, 210)
+        ),
         fault="a fault",
         mode=Mode.OBSERVE,
         policy=SimpleNamespace(name="agft"),
         gpu=gpu(),
-        clock_changes=3,
     )
     status = with_tuner(STARTING, tuner, None).as_dict()
     assert type(status["state"]) is str
@@ -75,6 +76,8 @@ def test_of_the_loop():
         "gpu_model",
         "actuator",
         "clock_changes",
+        "phase_changes",
+        "plan",
         "reset_due",
         "last_reward",
         "last_decision",
@@ -82,6 +85,7 @@ def test_of_the_loop():
         "last_window",
     }
     assert (status["last_reward"], status["last_note"]) == (None, "")
+    assert (status["clock_changes"], status["plan"]) == (3, (1500, 1230, 210))
 
 
 def test_of_serves_metrics_where_they_are_fresh():

@@ -228,8 +228,9 @@ def test_the_file_written_is_the_profile_with_its_sources(tmp_path):
     lines = dict(line.strip().split(":", 1) for line in path.read_text().splitlines()[2:])
     error = calibration.power.fitted["power.voltage_rise"].standard_error
     assert f"# fitted to runs.csv: +-{error:.2g} (n 119, R2 " in lines["voltage_rise"]
-    assert re.search(r"# the base's: runs\.csv .*\bidle\b", lines["idle_base_w"])
-    assert "#" not in lines["cap_w"]
+    assert re.search(r"# from rtx_a6000, not measured: runs\.csv .*\bidle\b", lines["idle_base_w"])
+    assert lines["cap_w"].endswith("# from rtx_a6000, not measured")
+    assert "#" not in lines["weights_bytes"]
 
 
 def test_small_numbers_are_written_so_that_yaml_reads_them_back(tmp_path):
@@ -268,7 +269,8 @@ def test_command(tmp_path, capsys):
         lines.append(",".join(str(value) for value in (*values, row.prefill_tokens, 30)))
     file, out = tmp_path / "runs.csv", tmp_path / "mine.yaml"
     file.write_text("\n".join(lines))
-    command = ["calibrate", str(file), "--base", "rtx_a6000", "--model", LLAMA, "--out", str(out)]
+    command = ["calibrate", str(file), "--base", "rtx_a6000", "--model", LLAMA, "--keep", "all"]
+    command += ["--out", str(out)]
     assert main(command) == 0
     text = capsys.readouterr().out
     screens = {"all that is needed": text}

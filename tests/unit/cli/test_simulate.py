@@ -21,7 +21,14 @@ from agft_ray.study.console import print_study, study_progress
 from agft_ray.study.policy_specs import parse_policy
 from agft_ray.study.pool import one_by_one
 from agft_ray.study.scenario import Scenario
-from agft_ray.study.sensitivity import End, print_sweep, ranges_of, sweep, verdict
+from agft_ray.study.sensitivity import (
+    End,
+    print_sweep,
+    ranges_of,
+    sweep,
+    swept_ranges,
+    verdict,
+)
 from agft_ray.study.study import Study
 from unit.results.test_record import RECORD
 
@@ -105,6 +112,11 @@ def test_searches_and_slo_from_the_command_line(tmp_path, capsys):
         (["--trace", __file__, "--param", "cv=4"], "--param: "),
         (["--duration", "0.0001"], "--duration"),
         (["--policy", "frontier", "--clock-step-mhz", "20"], "--clock-step-mhz.* 15 MHz"),
+        (["--worlds", "nominal,flat"], "--worlds: .*'flat'.* slow-host"),
+        (["--worlds", "--out", "x"], "--out: .*--json"),
+        (["--set", "power.cap_w"], "--set: .*'power.cap_w': .*PATH=VALUE"),
+        (["--set", "power.cap=1"], r"power\.cap: names no number"),
+        (["--set", "clock_change.median_s=9"], "does not contain the value used, 9"),
         (["--slo-tpot", "50000"], r"\btpot_s .* 50000 .* 50\?"),
     ],
 )
@@ -201,11 +213,16 @@ def test_the_screen_of_a_study():
     """As one with several seeds, and as one with a single seed, whose runs keep an SLO or not."""
     several = records_of("default", "agft", "best_static")
     single = [
-        replace(record, slo_attainment=share, choice=choice)
-        for record, share, choice in zip(
+        replace(record, slo_attainment=share, choice=choice, **clocks)
+        for record, share, choice, clocks in zip(
             records_of("default", "agft", "best_static", seeds=(0,)),
             (1.0, 0.975, None),
             (None, None, "1230,1230"),
+            (
+                {"energy_regret": 0.858, "windows_over_bound": 0.0},
+                {"energy_regret": 0.0669, "windows_over_bound": 0.51, "windows_to_low_regret": 210},
+                {},
+            ),
             strict=True,
         )
     ]
@@ -239,15 +256,28 @@ def test_progress_is_lines_where_there_is_no_terminal():
     assert re.findall(r"\d+", last) == ["2", "2", "75"], "run 2 of 2 is the latest to begin"
 
 
+def test_a_search_is_one_phase_whose_runs_become_more():
+    now = iter(range(0, 1000, 20))
+    console = Console(file=io.StringIO(), width=80)
+    with study_progress(100.0, console=console, now_s=lambda: next(now)) as on_phase:
+        on_phase("oracle_pair", 1)(0, 100.0)
+        on_phase("oracle_pair", 2)(1, 50.0)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "oracle_pair: 1 run"
+    assert lines[1] == "oracle_pair: run 1 of 1, 100 s simulated"
+    assert lines[2] == "oracle_pair: run 2 of 3, 150 s simulated"
+
+
 def test_progress_is_a_bar_on_a_terminal():
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     with study_progress(100.0, console=console) as on_phase:
         on_progress = on_phase("default clocks", 1)
         on_progress(0, 40.0)
         on_phase("policies", 2)(1, 60.0)
+        on_phase("policies", 1)(0, 30.0)
     text = console.file.getvalue()
     assert "policies" in text
-    assert "60 s simulated" in text
+    assert "90 s simulated" in text
 
 
 # -- uncertain numbers -----------------------------------------------------------------------------
@@ -285,23 +315,109 @@ def test_both_ends_of_every_range_are_run():
     assert ends[1].records[0].profile_change == "governor.idle_sm_clock_mhz=210"
 
 
-def end(path, value, agft_edp):
-    edp = {"default": 100.0, "fixed:1230": 70.0, "agft": agft_edp}
-    return End(path, value, tuple(replace(RECORD, policy=p, edp_j_s=v) for p, v in edp.items()))
+def end(path, value, *agft_edp):
+    """Two other policies, and `agft` with so much EDP by seed."""
+    edp = {"default": 100.0, "fixed:1230": 70.0}
+    others = [(p, v, seed) for p, v in edp.items() for seed in range(len(agft_edp))]
+    of_agft = [("agft", v, seed) for seed, v in enumerate(agft_edp)]
+    return End(
+        path,
+        value,
+        tuple(replace(RECORD, policy=p, edp_j_s=v, seed=seed) for p, v, seed in others + of_agft),
+    )
 
 
-def test_the_verdict_on_the_ranking():
-    nominal, same, other = end(None, None, 60.0), end("a.b", 1.0, 65.0), end("a.b", 2.0, 75.0)
-    assert nominal.ranking == ["agft", "fixed:1230", "default"]
-    assert "agft, fixed:1230, default" in verdict([nominal, same])
-    assert "a.b=1" not in verdict([nominal, same, other])
-    assert "a.b=2" in verdict([nominal, same, other])
+NOMINAL, SAME, OTHER = end(None, None, 60.0), end("a.b", 1.0, 65.0), end("a.b", 2.0, 75.0)
+
+
+def test_the_ranking_after_one_seed_is_not_called_stable():
+    assert NOMINAL.ranking == ["agft", "fixed:1230", "default"]
+    text = verdict([NOMINAL, SAME], planned=1)
+    assert "same at 1 of 1 ends: agft, fixed:1230, default" in text
+    assert "One seed cannot tell" in text
+    assert "stable" not in text
+    assert "changes at 1 of 2 ends: a.b=2." in verdict([NOMINAL, SAME, OTHER], planned=2)
+
+
+def test_the_ranking_is_stable_only_beyond_the_spread_over_seeds():
+    nominal = end(None, None, 60.0, 61.0, 60.0)
+    apart, near = end("a.b", 1.0, 62.0, 61.0, 62.0), end("a.b", 2.0, 60.0, 78.0, 65.0)
+    assert "stable" not in verdict([nominal, apart], planned=2)
+    assert verdict([nominal, apart], planned=1).endswith(
+        "It is stable: all differ beyond the spread over seeds."
+    )
+    text = verdict([nominal, apart, near], planned=2)
+    assert "same at 2 of 2 ends" in text
+    assert "stable" not in text
+    assert "Within the spread over seeds, of 3 settings: agft and fixed:1230 (at 1)." in text
+    flipped, unsure = end("c", 3.0, 75.0, 76.0, 75.0), end("c", 4.0, 60.0, 95.0, 75.0)
+    text = verdict([nominal, flipped, unsure], planned=2)
+    assert "changes at 2 of 2 ends: c=3, c=4." in text
+    assert "Beyond the spread over seeds it does at 1: c=3." in text
+
+
+def test_the_screen_of_a_sweep():
+    several = [end(None, None, 60.0, 61.0), end("a.b", 1.0, 65.0, 65.1)]
     screens = {}
-    for name, ends in (("survives", [nominal, same]), ("changes", [nominal, same, other])):
+    for name, ends, planned in (
+        ("one seed", [NOMINAL, SAME], 1),
+        ("several", several, 1),
+        ("changes, interrupted", [NOMINAL, SAME, OTHER], 4),
+    ):
         console = Console(file=io.StringIO(), width=100)
-        print_sweep(ends, console)
+        print_sweep(ends, console, planned=planned)
         screens[name] = console.file.getvalue()
+    assert "Interrupted: 2 of 4 ends were not run." in screens["changes, interrupted"]
     assert_golden("sweep", sections(screens))
+
+
+def test_ranges_of_noise_are_swept_only_with_noise():
+    specs = [parse_policy("fixed:1230")]
+    quiet, noisy = (
+        swept_ranges(Study(Scenario(duration_s=10.0, noise=noise), specs, [0]))
+        for noise in (False, True)
+    )
+    assert {path for path in noisy if path not in quiet} == {
+        path for path in noisy if path.startswith("noise.")
+    }
+
+
+# -- noise and worlds ------------------------------------------------------------------------------
+
+
+def test_noise_and_numbers_of_the_profile_from_the_command_line(tmp_path):
+    arguments = ["--policy", "fixed:1230", "--set", "clock_change.median_s=0.2"]
+    plain, noisy = (simulated(tmp_path, *arguments, *more) for more in ([], ["--noise"]))
+    assert [run["noise"] for run in plain + noisy] == [False, False, True, True]
+    assert {run["profile_change"] for run in plain + noisy} == {"clock_change.median_s=0.2"}
+    assert noisy[1]["e2e_s"]["mean"] != plain[1]["e2e_s"]["mean"]
+    assert noisy[1]["e2e_s"]["mean"] == pytest.approx(plain[1]["e2e_s"]["mean"], rel=0.02)
+
+
+def test_worlds_from_the_command_line(tmp_path, capsys):
+    worlds = ["nominal", "slow-clock-changes", "draw-7"]
+    runs = simulated(tmp_path, "--policy", "fixed:1230", "--worlds", ",".join(worlds))
+    assert [(run["world"], run["policy"]) for run in runs] == [
+        (world, policy) for world in worlds for policy in ("default", "fixed:1230")
+    ]
+    assert all(run["noise"] for run in runs)
+    assert runs[0]["profile_change"] is None
+    assert runs[2]["profile_change"].startswith("clock_change.median_s=0.2, ")
+    captured = capsys.readouterr()
+    assert "3 worlds, 1 seed each" in captured.out
+    assert "world 2 of 3, slow-clock-changes: policies" in captured.err
+    edp = [runs[k + 1]["edp_j_s"] / runs[k]["edp_j_s"] - 1 for k in (0, 2, 4)]
+    worst = worlds[edp.index(max(edp))]
+    row = next(line for line in captured.out.splitlines() if " EDP " in line)
+    assert row.split()[-2:] == [f"{100 * max(edp):+.1f}", worst]
+
+
+def test_the_worlds_are_listed_without_a_run(capsys):
+    assert main(["simulate", "--list-worlds", "--gpu", "h100_sxm_80gb"]) == 0
+    captured = capsys.readouterr()
+    assert "issue_share=0.32" in captured.out
+    assert "draw-8" in captured.out
+    assert captured.err == ""
 
 
 # -- Ctrl-C ----------------------------------------------------------------------------------------
@@ -327,8 +443,10 @@ def wait_for(path, process):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_ctrl_c_ends_it_at_once_and_leaves_whole_files(tmp_path, jobs):
+@pytest.mark.parametrize(
+    ("jobs", "sent"), [("1", signal.SIGINT), ("2", signal.SIGINT), ("2", signal.SIGTERM)]
+)
+def test_ctrl_c_ends_it_at_once_and_leaves_whole_files(tmp_path, jobs, sent):
     out, file = tmp_path / "rows", tmp_path / "out.json"
     process = started(
         [
@@ -337,7 +455,7 @@ def test_ctrl_c_ends_it_at_once_and_leaves_whole_files(tmp_path, jobs):
         ]
     )
     wait_for(out / "default" / "seed-0", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in text

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import re
 
 import pytest
 import yaml
@@ -148,6 +149,48 @@ def test_every_uncertain_number_can_take_both_ends_of_its_range(name, end):
         others = dict(profiles._flatten(profile.model_dump()))
         assert {k for k in values if values[k] != others[k]} <= {path}
         assert type(values[path]) is type(others[path])
+
+
+EXACT = re.compile(
+    r"(min|max)_sm_clock_mhz|sm_clock_step_mhz|power\.(cap_w|reference_sm_clock_mhz)"
+    r"|models\..*\.(tensor_parallel|layers|weights_bytes|kv_bytes_per_token)"
+)
+"""Known as it is: the board's own figures, the LLM's shape, and what a fit is relative to."""
+EXACT_OF_ONE = {
+    "h100_sxm_80gb": r"noise\.counter_update_s|models\..*\.reference_sm_clock_mhz",  # measured
+    "a100_sxm_80gb": r"models\..*\.reference_sm_clock_mhz",  # measured without a cap
+}
+OF_A_GROUP = re.compile(r"models\..*\.(spinning_activity|all_reduce_ms|all_reduce_token_ms)")
+"""Nothing, by definition, on a single GPU."""
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_every_number_that_is_not_known_exactly_has_a_range(name):
+    profile = load_gpu_profile(name)
+    values = dict(profiles._flatten(profile.model_dump(exclude={"ranges"})))
+    numbers = {path for path, value in values.items() if isinstance(value, int | float)}
+    exact = {
+        path
+        for path in numbers
+        if EXACT.fullmatch(path)
+        or re.fullmatch(EXACT_OF_ONE.get(name, "-"), path)
+        or (values[path] == 0 and OF_A_GROUP.fullmatch(path))
+    }
+    assert not {path for path in exact if path in profile.ranges}
+    assert numbers - exact == set(profile.ranges)
+    assert all(low < high for low, high in profile.ranges.values())
+
+
+def test_with_values_changes_all_at_once_so_that_they_need_not_be_valid_one_by_one():
+    base = load_gpu_profile("rtx_a6000").model_copy(update={"ranges": {}})
+    changes = {"power.knee_sm_clock_mhz": 1900, "power.reference_sm_clock_mhz": 2000}
+    changed = base.with_values(changes).power
+    assert (changed.knee_sm_clock_mhz, changed.reference_sm_clock_mhz) == (1900, 2000)
+    with pytest.raises(ConfigError, match=r"power\.knee_sm_clock_mhz: 1900 must be below"):
+        base.with_value("power.knee_sm_clock_mhz", 1900)
+    with pytest.raises(ConfigError) as caught:
+        base.with_values({"a.b": 1, "power.cap_w": 100, "c": 2})
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["a.b", "c"]
 
 
 def test_with_value_leaves_the_profile_itself_alone():

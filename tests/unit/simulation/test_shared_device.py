@@ -25,9 +25,17 @@ def create(path, **changes):
     return SharedDevice(path)
 
 
-def plain():
+def plain(**options):
     profile = load_gpu_profile("rtx_a6000")
-    return Device(profile, profile.model_profile("llama-3.1-8b"))
+    return Device(profile, profile.model_profile("llama-3.1-8b"), **options)
+
+
+def test_noise_is_that_of_a_device_in_memory(path):
+    shared, device = create(path, noise=True, seed=3), plain(noise=True, seed=3)
+    ends_s = [shared.begin_step(t_s, WORK) for t_s in (1.0, 2.0, 3.0)]
+    assert ends_s == [device.begin_step(t_s, WORK) for t_s in (1.0, 2.0, 3.0)]
+    assert SharedDevice(path).step_end_s() == ends_s[-1]
+    assert len({round(end_s % 1.0, 9) for end_s in ends_s}) == 3
 
 
 def test_steps_are_those_of_a_device_in_memory(path):

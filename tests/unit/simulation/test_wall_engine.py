@@ -46,9 +46,11 @@ def make_batching():
 
 
 @contextlib.asynccontextmanager
-async def serving(device=None, on_wake=None):
+async def serving(device=None, on_wake=None, phases=None):
     clock = WallClock(speed=SPEED, origin_s=time.monotonic())
-    engine = WallEngine(make_batching(), device or ConstantDevice(), clock, on_wake=on_wake)
+    engine = WallEngine(
+        make_batching(), device or ConstantDevice(), clock, on_wake=on_wake, phases=phases
+    )
     running = asyncio.create_task(engine.run())
     try:
         yield engine, clock, running
@@ -216,3 +218,47 @@ def test_a_request_that_can_never_be_served_is_refused_at_once():
                 engine.submit(Request("a", 0.0, 8192, 1))
 
     asyncio.run(scenario())
+
+
+class Told:
+    """What a listener is told."""
+
+    def __init__(self):
+        self.events = []
+
+    def on_arrival(self, t_s):
+        self.events.append("arrival")
+
+    def on_step(self, t_s, had_prefill, pending_prompts):
+        self.events.append((had_prefill, pending_prompts))
+
+    def on_empty(self, t_s):
+        self.events.append("empty")
+
+
+def test_a_listener_is_told_of_arrivals_steps_and_emptiness():
+    told = Told()
+    asyncio.run(_serve_two(told))
+    steps = told.events[told.events.index((True, 0)) + 1 :]
+    assert steps.count("arrival") == 1
+    after = steps[steps.index("arrival") + 1 :]
+    assert after[0] == (False, 1), "the step that ran when it came has left it pending"
+    assert (True, 0) in after
+    assert after[-1] == "empty"
+
+
+async def _serve_two(told):
+    async with serving(phases=told) as (engine, clock, _):
+        await asyncio.sleep(0.01)
+        first = asyncio.create_task(_drain(engine.submit(Request("a", clock.now_s(), 10, 6))))
+        while (True, 0) not in told.events:
+            await asyncio.sleep(0.001)
+        assert told.events == ["empty", "arrival", (True, 0)]
+        second = asyncio.create_task(_drain(engine.submit(Request("b", clock.now_s(), 10, 2))))
+        await asyncio.gather(first, second)
+        await asyncio.sleep(0.02)
+
+
+async def _drain(events):
+    async for _ in events:
+        pass

@@ -1,7 +1,7 @@
 """The searches in hindsight: known answers, and exhaustive search by other means."""
 
+import functools
 import itertools
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,26 +13,19 @@ from agft_ray.results.distribution import Distribution
 from agft_ray.settings import SloConfig
 from agft_ray.simulation.physics import StepWork
 from agft_ray.simulation.profiles import load_gpu_profile
-from agft_ray.study.lower_bound import least_energy
-from agft_ray.study.oracle import (
-    Bound,
-    Bounds,
-    BoundsWatch,
-    DrownedWatch,
-    best_static,
-    clock_grid,
-    distinct,
-    oracle_pair,
-)
+from agft_ray.study.bounds import Bound, Bounds, BoundsWatch, allowed
+from agft_ray.study.oracle import Axes, Oracle, distinct
 from agft_ray.study.policy_specs import pair, parse_policy
 from agft_ray.study.pool import one_by_one
-from agft_ray.study.run import AbandonedError, Job, perform
+from agft_ray.study.run import AbandonedError, Job, Run, perform
 from agft_ray.study.scenario import Scenario
+from agft_ray.study.static import DrownedWatch, best_static, clock_grid
 from agft_ray.study.study import Study
 from agft_ray.workloads.requests import RequestTimings
 from unit.results.test_record import RECORD
 
 A6000 = load_gpu_profile("rtx_a6000")
+SLO_FREE = SloConfig()
 SHORT = Scenario(rate_per_s=1.0, duration_s=60.0)
 
 
@@ -62,29 +55,89 @@ def silent(t_s):
     pass
 
 
+def no_phase(name, runs):
+    return lambda number, t_s: None
+
+
 # -- choosing --------------------------------------------------------------------------------------
 
 
+class Pairs:
+    """Runs by seed and plan, as measured."""
+
+    def __init__(self, *runs):
+        self.runs = {(run.seed, run.policy): run for run in runs}
+        self.asked = []
+
+    def __call__(self, jobs):
+        self.asked += jobs
+        return [self.runs.get((job.seed, job.spec.label.removesuffix("/210"))) for job in jobs]
+
+
+def oracle(*runs, defaults=(DEFAULT,), objective="edp", slo=SLO_FREE):
+    """What it finds of two clocks for prefill, two for decode, one and the governor for idle."""
+    scenario = Scenario(rate_per_s=1.0, duration_s=60.0, slo=slo)
+    measured = Pairs(*runs)
+    found = Oracle(
+        templates={run.seed: Job(scenario, parse_policy("default"), run.seed) for run in defaults},
+        defaults={run.seed: Run(run, None) for run in defaults},
+        axes=Axes((900, 1500), (900, 1500), (210,)),
+        objective=objective,
+        measure=measured,
+    ).best()
+    assert all(job.watch and job.keeps_requests for job in measured.asked[: -len(defaults)])
+    return found
+
+
 def test_the_best_pair_within_the_bounds():
-    bounds = Bounds.of(DEFAULT, SloConfig())
-    best = oracle_pair(PAIRS, bounds, "edp")
-    assert (best.policy, best.choice, best.energy_j) == ("oracle_pair", "1500/1500", 520.0)
-    assert oracle_pair(PAIRS, bounds, "energy").choice == "1500/900"
-    assert oracle_pair(PAIRS[:1], bounds, "edp") is None
+    (best,) = oracle(*PAIRS)
+    assert (best.policy, best.choice, best.energy_j) == ("oracle_pair", "1500/1500/210", 520.0)
+    assert oracle(*PAIRS, objective="energy")[0].choice == "1500/900/210"
+    assert oracle(PAIRS[0]) == []
+
+
+def test_the_governor_while_empty_is_among_the_plans():
+    idle = record("pair:1500/1500/default", 300.0, 5.1)
+    assert oracle(*PAIRS, idle)[0].choice == "1500/1500/default"
 
 
 def test_with_an_slo_its_p99_is_the_bound():
-    bounds = Bounds.of(DEFAULT, SloConfig(ttft_s=0.22))
-    assert oracle_pair(PAIRS, bounds, "edp").choice == "900/900"
-    assert oracle_pair(PAIRS, Bounds.of(DEFAULT, SloConfig(tpot_s=0.02)), "edp") is None
+    assert oracle(*PAIRS, slo=SloConfig(ttft_s=0.22))[0].choice == "900/900/210"
+    assert oracle(*PAIRS, slo=SloConfig(tpot_s=0.02)) == []
+
+
+def test_one_plan_for_all_seeds_and_a_record_of_each():
+    """The p99 of one seed of three does not rule out a plan, that of two does."""
+    seeds = (0, 1, 2)
+    defaults = [replace(DEFAULT, seed=seed) for seed in seeds]
+    slow = replace(PAIRS[1], e2e_s=replace(PAIRS[1].e2e_s, p99=7.0))
+
+    def found(slow_seeds):
+        runs = [replace(run, seed=seed) for run in PAIRS for seed in seeds if run != PAIRS[1]]
+        runs += [replace(slow if seed in slow_seeds else PAIRS[1], seed=seed) for seed in seeds]
+        return oracle(*runs, defaults=defaults, objective="energy")
+
+    once, twice = found({1}), found({0, 2})
+    assert [run.choice for run in once] == ["1500/900/210"] * 3
+    assert [run.seed for run in once] == [0, 1, 2]
+    assert once[1].e2e_s.p99 == 7.0
+    assert [run.choice for run in twice] == ["1500/1500/210"] * 3
+
+
+def test_means_are_bounded_over_all_seeds_together():
+    defaults = [replace(DEFAULT, seed=seed) for seed in (0, 1)]
+    bounds = [Bounds.of(default, SLO_FREE) for default in defaults]
+    fast, slow = (record("pair:900/900", 400.0, e2e_s) for e2e_s in (5.1, 5.8))
+    assert not allowed(bounds[:1], [slow])
+    assert allowed(bounds, [fast, slow])
+    assert not allowed(bounds, [slow, record("pair:900/900", 400.0, 5.3)])
 
 
 def test_the_best_fixed_clock_and_the_regret():
     runs = [record("fixed:900", 500.0, 6.0), record("fixed:1200", 520.0, 5.5)]
     best = best_static(runs)
     assert (best.policy, best.choice) == ("best_static", "1200")
-    oracle = oracle_pair(PAIRS, Bounds.of(DEFAULT, SloConfig()), "edp")
-    done = {run.policy: run.regret for run in with_regret([DEFAULT, best, oracle])}
+    done = {run.policy: run.regret for run in with_regret([DEFAULT, best, *oracle(*PAIRS)])}
     assert done["oracle_pair"] == 0.0
     assert done["default"] == pytest.approx(5000.0 / 2652.0 - 1.0)
     assert with_regret([DEFAULT])[0].regret is None
@@ -128,6 +181,12 @@ def bounds_of(count, mean_s=None, p99_s=None):
     return Bounds(free, free, Bound(count, mean_s, p99_s))
 
 
+def test_with_several_seeds_only_what_they_all_could_not_make_up_is_abandoned():
+    bounds = bounds_of(10, mean_s=1.0, p99_s=1.0)
+    assert fed(BoundsWatch(bounds, seeds=2), [3.0] * 6 + [2.1, 0.1]) == 6
+    assert fed(BoundsWatch(bounds, seeds=2), [9.0] + [1.2] * 9) == 10
+
+
 def test_a_mean_is_broken_once_the_sum_is_too_large():
     watch = BoundsWatch(bounds_of(10, mean_s=1.0))
     assert fed(watch, [3.0, 3.0, 3.0, 0.9, 0.2]) == 4
@@ -169,6 +228,16 @@ def test_clocks_that_the_power_cap_makes_equal_are_one():
     assert distinct(clocks, A6000, "llama-3.1-8b", StepWork(0, 1, 1))[:4] == clocks[:4]
 
 
+def test_the_axes_end_at_the_cap_and_the_lowest_clock_is_always_there_while_empty():
+    axes = Axes.of(A6000, "llama-3.1-8b", 900)
+    assert axes.idle == (210, 300, 1200, 2100)
+    assert axes.prefill == (300, 1200, 2100)
+    assert Axes.of(A6000, "llama-3.1-8b", 30).prefill[-1] == 1590
+    assert axes.spec((1, 0, 0)).label == "pair:1200/300/210"
+    assert axes.spec((1, 0, 4)).label == "pair:1200/300/default"
+    assert axes.sizes[2] == 5
+
+
 def test_the_clock_that_is_kept_of_equal_ones_is_the_best_of_them():
     """Equal but for the delay of a change: a first decode step still has the clock of prefill."""
     high, kept, lower = (
@@ -179,82 +248,58 @@ def test_the_clock_that_is_kept_of_equal_ones_is_the_best_of_them():
     assert 0.97 * high.edp_j_s < kept.edp_j_s < high.edp_j_s
 
 
-def test_the_oracle_is_that_of_an_exhaustive_search_without_shortcuts():
-    """All pairs of a coarse grid run to their end, and the best picked by hand."""
-    step_mhz = 630
-    study = Study(SHORT, [parse_policy("oracle_pair")], [1], oracle_step_mhz=step_mhz)
-    default, oracle = study.run(one_by_one, lambda name, runs: lambda number, t_s: None)
-    runs = [
-        perform(Job(SHORT, pair(*clocks), 1), silent).record
-        for clocks in itertools.product(clock_grid(A6000, step_mhz, "--x"), repeat=2)
-    ]
-
-    def allowed(run):
-        return all(
-            run.value(f"{name}.{s}") <= 1.1 * default.value(f"{name}.{s}")
-            for name in ("ttft_s", "tpot_s", "e2e_s")
-            for s in ("mean", "p99")
-        )
-
-    best = min((run for run in runs if allowed(run)), key=lambda run: run.edp_j_s)
-    assert oracle.edp_j_s == best.edp_j_s
-    assert oracle.choice == best.policy.removeprefix("pair:")
-    assert not all(allowed(run) for run in runs)
+@functools.cache
+def everything(step_mhz, seed):
+    """Every plan of a coarse grid run to its end, by its name."""
+    axes = Axes.of(A6000, SHORT.model, step_mhz)
+    specs = [axes.spec(point) for point in itertools.product(*map(range, axes.sizes))]
+    jobs = [Job(SHORT, spec, seed, keeps_requests=True) for spec in specs]
+    return {job.spec.label.removeprefix("pair:"): perform(job, silent).record for job in jobs}
 
 
-# -- the lower bound -------------------------------------------------------------------------------
-
-ENERGY = np.array([[10.0, 6.0], [8.0, 7.0]])
-TIME = np.array([[1.0, 2.0], [1.0, 1.5]])
-
-
-def test_without_pressure_each_step_takes_its_cheapest_clock():
-    bound = least_energy(ENERGY, TIME, delay_s=2.0, idle_w=0.0, total_s=5.0, max_increase=1.0)
-    assert (bound.energy_j, bound.multiplier_w) == (13.0, 0.0)
-    assert bound.delay_increase == pytest.approx(0.75)
+def changes(run, default):
+    """Means, then p99s, relative to default clocks."""
+    names = [f"{name}.{s}" for s in ("mean", "p99") for name in ("ttft_s", "tpot_s", "e2e_s")]
+    return np.array([run.value(name) / default.value(name) for name in names])
 
 
-def test_the_multiplier_sells_delay_where_it_is_cheapest():
-    # 4 J for the first second, 2 J for a second of the other: the limit of 2.6 s allows only the
-    # half second of the second kind; its price is 2 W, the other's 4 W.
-    bound = least_energy(ENERGY, TIME, delay_s=2.0, idle_w=0.0, total_s=5.0, max_increase=0.3)
-    assert bound.multiplier_w > 2.0
-    assert bound.energy_j in (17.0, 18.0)
-    assert bound.delay_increase <= 0.3
-    tight = least_energy(ENERGY, TIME, delay_s=2.0, idle_w=0.0, total_s=5.0, max_increase=0.0)
-    assert (tight.energy_j, tight.delay_increase) == (18.0, 0.0)
-
-
-def test_idle_power_is_paid_all_the_time_and_not_twice():
-    bound = least_energy(ENERGY, TIME, delay_s=2.0, idle_w=1.0, total_s=5.0, max_increase=0.0)
-    # busy 2 s at the first clock: 18 J; idle for the other 3 s at 1 W
-    assert bound.energy_j == pytest.approx(21.0)
-
-
-def test_the_multiplier_is_never_beaten_by_any_other_choice_of_the_same_delay():
-    rng = np.random.default_rng(0)
-    energy, time = rng.uniform(1, 10, (6, 3)), rng.uniform(1, 3, (6, 3))
-    bound = least_energy(
-        energy, time, delay_s=float(time[:, 0].sum()), idle_w=0.5, total_s=50.0, max_increase=0.1
-    )
-    spent_s = (1.0 + bound.delay_increase) * time[:, 0].sum()
-    rows = np.arange(6)
-    cheapest = min(
-        (energy[rows, list(choice)] - 0.5 * time[rows, list(choice)]).sum() + 25.0
-        for choice in itertools.product(range(3), repeat=6)
-        if time[rows, list(choice)].sum() <= spent_s + 1e-9
-    )
-    assert bound.energy_j == pytest.approx(cheapest)
-
-
-def test_the_bound_lies_below_the_oracle_and_above_an_idle_gpu():
+@pytest.mark.parametrize("objective", ["edp", "energy"])
+def test_the_oracle_is_that_of_an_exhaustive_search_without_shortcuts(objective):
+    """Over both seeds; none of its shortcuts and none of the abandoned runs were the answer."""
+    step_mhz, seeds = 420, (1, 2)
     study = Study(
-        SHORT, [parse_policy("oracle_pair"), parse_policy("lower_bound")], [0], oracle_step_mhz=315
+        SHORT,
+        [parse_policy("oracle_pair")],
+        seeds,
+        oracle_step_mhz=step_mhz,
+        oracle_objective=objective,
     )
-    default, oracle, bound = study.run(one_by_one, lambda name, runs: lambda number, t_s: None)
-    assert bound.policy == "lower_bound"
-    assert bound.energy_j < oracle.energy_j < default.energy_j
-    assert bound.energy_j > 40.0 * default.duration_s
-    assert bound.edp_j_s is None
-    assert bound.e2e_s.mean is None
-    assert not math.isnan(bound.mean_power_w)
+    records = study.run(one_by_one, no_phase)
+    defaults, oracles = records[:2], records[2:]
+    runs = [everything(step_mhz, seed) for seed in seeds]
+    name = "energy_j" if objective == "energy" else "edp_j_s"
+    scores = {}
+    for choice in runs[0]:
+        both = [runs[0][choice], runs[1][choice]]
+        rises = [changes(run, default) for run, default in zip(both, defaults, strict=True)]
+        if (np.mean(rises, axis=0)[:3] <= 1.1).all() and (
+            np.median(rises, axis=0)[3:] <= 1.1
+        ).all():
+            ratios = [
+                run.value(name) / d.value(name) for run, d in zip(both, defaults, strict=True)
+            ]
+            scores[choice] = np.mean(ratios)
+    best = min(scores, key=scores.get)
+    assert [oracle.choice for oracle in oracles] == [best] * 2
+    assert [oracle.value(name) for oracle in oracles] == [by[best].value(name) for by in runs]
+    assert 0 < len(scores) < len(runs[0])
+
+
+def test_no_neighbour_on_the_grid_of_30_mhz_is_better():
+    study = Study(SHORT, [parse_policy("oracle_pair")], [0], oracle_objective="energy")
+    default, oracle = study.run(one_by_one, no_phase)
+    prefill, decode, idle = map(int, oracle.choice.split("/"))
+    idles = {max(idle - 30, 210), idle, idle + 30, "default"}
+    for a, b, c in itertools.product((-30, 0, 30), (-30, 0, 30), idles):
+        run = perform(Job(SHORT, pair(prefill + a, decode + b, c), 0), silent).record
+        assert run.energy_j >= oracle.energy_j or (changes(run, default) > 1.1).any()

@@ -19,6 +19,14 @@ def test_names_and_settings():
     assert (pair_settings.prefill_sm_clock_mhz, pair_settings.decode_sm_clock_mhz) == (1500, 1230)
 
 
+def test_a_pair_may_have_a_clock_while_empty():
+    for text, idle in (("pair:1500/1230/210", 210), ("pair:1500/1230/default", "default")):
+        spec = parse_policy(text)
+        assert spec == pair(1500, 1230, idle)
+        assert spec.label == text
+    assert parse_policy("pair:1500/1230/default").settings.idle_sm_clock_mhz == "default"
+
+
 def test_every_policy_can_be_named():
     slo = SloConfig(ttft_s=2.0, tpot_s=0.05)
     short = {"fixed": "fixed:1230", "pair": "pair:1500/1230"}
@@ -46,8 +54,11 @@ def test_searches_have_no_settings(name):
         ("agft:", "must be KEY=VALUE"),
         ("fixed:1230MHz", "'1230MHz': .*fixed:1230"),
         ("fixed", "needs sm_clock_mhz"),
-        ("pid", "tpot_slo_s: .*--slo-tpot"),
-        ("pair:1500", "'1500': .*pair:1500/1230"),
+        ("pid", "tpot_slo_s: required, and missing; give --slo-tpot S"),
+        ("pair:1500", "'1500': must be in whole MHz, as in pair:1500/1230"),
+        ("pair:1500/1230/low", "'1500/1230/low': must be in whole MHz, as in pair:1500/1230"),
+        ("pair:1500/1230/210/5", "must be in whole MHz, as in .* or pair:1500/1230/210"),
+        ("pair:1500/default/210", "must be in whole MHz"),
     ],
 )
 def test_what_is_wrong_is_named(text, words):

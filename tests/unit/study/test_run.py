@@ -140,13 +140,27 @@ def test_keep_is_a_seeded_share_before_routing(conversation_trace):
     )
 
 
-def test_default_clocks_have_converged_and_others_are_measured_against_them():
-    default = run(SHORT.model_copy(update={"duration_s": 200.0}), "default")
-    assert default.record.windows_to_converge == 0
-    assert default.record.worst_exploration_tpot_ratio is None
-    assert run().record.windows_to_converge is None
-    slow = run(SHORT.model_copy(update={"duration_s": 200.0}), "fixed:600", default=default)
-    assert slow.record.worst_exploration_tpot_ratio > 1.3
+def test_clocks_are_measured_against_the_best_ones(tmp_path):
+    long = SHORT.model_copy(update={"duration_s": 200.0, "slo": Scenario(duration_s=1.0).slo})
+    default = run(long, "default", folder=tmp_path)
+    rows = read_columns(
+        tmp_path / "windows.csv", ("energy_j", "best_energy_j", "regret_j", "busy_s", "over_bound")
+    )
+    record = default.record
+    assert record.energy_regret_j == pytest.approx(rows["regret_j"].sum())
+    assert record.energy_regret == pytest.approx(
+        rows["regret_j"].sum() / rows["best_energy_j"].sum()
+    )
+    # Default clocks are the bound: they keep it, and take whatever energy that costs.
+    assert record.windows_over_bound == 0.0 == rows["over_bound"].max()
+    assert rows["energy_j"] - rows["best_energy_j"] == pytest.approx(rows["regret_j"])
+    assert record.windows_to_low_regret is None
+    slow = run(long, "fixed:600", default=default).record
+    assert slow.windows_over_bound > 0.98  # the lock takes a moment to come into force
+    assert slow.worst_exploration_tpot_ratio > 1.3
+    good = run(long, "pair:1455/1050", default=default).record
+    assert good.windows_to_low_regret < 10
+    assert good.energy_regret < 0.01
 
 
 def test_a_run_without_an_slo_has_no_attainment():
@@ -180,6 +194,14 @@ def test_the_same_results_whatever_the_number_of_processes(tmp_path):
 def test_default_clocks_run_once_if_named_too():
     records = study("default", "fixed:1230", seeds=(0,)).run(one_by_one, no_phase)
     assert [record.policy for record in records] == ["default", "fixed:1230"]
+
+
+def test_what_was_never_run_has_no_regret():
+    default, bound = study("best_steps", seeds=(0,)).run(one_by_one, no_phase)
+    assert default.energy_regret > 0
+    names = ("energy_regret_j", "energy_regret", "windows_to_low_regret", "windows_over_bound")
+    assert all(bound.value(name) is None for name in names)
+    assert not any("converge" in name for name in bound.to_json())
 
 
 def test_rows_of_named_policies_are_kept(tmp_path):
@@ -243,6 +265,7 @@ def test_a_spill_gives_back_what_it_took():
 
 def window(replica, index, **values):
     sums = {"energy_j": 1.0, "itl_sum_s": 0.5, "itl_count": 10, "sm_clock_mhz": 1000.0}
+    sums |= {"best_energy_j": 1.0, "regret_j": 0.0, "busy_s": 0.0, "over_bound": 0}
     rest = dict.fromkeys(
         ("ttft_sum_s", "ttft_count", "generation_tokens", "prompt_tokens", "running", "waiting"), 0
     )
@@ -259,6 +282,24 @@ def test_windows_are_summed_over_the_fleet_in_their_order():
     assert rows.windows().energy_j.tolist() == [100.0, 102.0]
     assert rows.windows().itl_count.tolist() == [20.0, 20.0]
     assert rows.sm_clock_mhz == 1000.0
+
+
+def test_regret_is_summed_over_the_fleet_and_bounds_over_its_busy_replicas():
+    rows = RunRows(2)
+    for replica in (0, 1):
+        for index in range(4):
+            over = int(replica == 1 and index == 2)
+            busy_s = 1.0 if index else 0.0
+            regret_j = 10.0 if index == 0 else 0.0
+            rows.on_window(
+                window(
+                    replica, index, best_energy_j=100.0, regret_j=regret_j, busy_s=busy_s,
+                    over_bound=over,
+                )
+            )  # fmt: skip
+    regret = rows.clock_regret()
+    assert (regret.energy_j, regret.relative) == (20.0, 20.0 / 800.0)
+    assert (regret.over_bound, regret.windows_to_low) == (1 / 6, 1)
 
 
 def test_an_slo_is_counted_as_requests_finish():
@@ -294,6 +335,29 @@ def test_processes_report_and_return():
     done = dict(Processes(2)(twice, [1.0, 2.0, 3.0], lambda number, at: seen.update({number: at})))
     assert done == {0: 2.0, 1: 4.0, 2: 6.0}
     assert set(seen) == {0, 1, 2}
+
+
+def no_progress(number, at):
+    pass
+
+
+def own_pid(job, report):
+    return os.getpid()
+
+
+def test_processes_stay_for_the_next_call_and_for_more_jobs():
+    pool = Processes(1)
+    first, second = (dict(pool(own_pid, [0], no_progress))[0] for _ in range(2))
+    assert first == second != os.getpid()
+    assert len(dict(pool(twice, [1.0] * 300, no_progress))) == 300
+
+
+def test_after_leaving_early_the_pool_starts_anew():
+    pool = Processes(2)
+    for number, result in pool(twice, [1.0, 2.0, 3.0], no_progress):
+        assert result == 2.0 * (number + 1)
+        break
+    assert dict(pool(twice, [4.0], no_progress)) == {0: 8.0}
 
 
 def test_leaving_early_stops_the_jobs():

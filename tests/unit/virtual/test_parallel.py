@@ -51,6 +51,7 @@ def run(requests, setup, workers):
     ("tuner", "changes"),
     [
         (HELD_OUT, {}),
+        (HELD_OUT, {"noise": True}),
         (AGFT_ALONE, {"replicas": 4, "router": "round_robin"}),
         ({"policy": PAIR}, {}),
         ({"policy": {"name": "default"}}, {"governor": governor}),

@@ -1,7 +1,8 @@
-"""`lower_bound`: the energy of every step of the default run at its own best clock, queues ignored.
+"""`best_steps`: the energy of every step of the default run at its own best clock, queues ignored.
 
 It looks into the simulator: it records the steps and asks the simulated GPU what each would cost
-at every clock, changes of clock being free and instant.
+at every clock, changes of clock being free and instant. It is no lower bound: at slower clocks more
+requests decode together, in fewer steps, and no latency bound limits the time of all steps.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from agft_ray.results.distribution import Distribution
-from agft_ray.results.labels import LOWER_BOUND
+from agft_ray.results.labels import BEST_STEPS
 from agft_ray.results.record import RunRecord
 from agft_ray.simulation.device import Device
 from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.physics import StepWork, prefill_attention_s
 from agft_ray.simulation.virtual_engine import VirtualEngine
-from agft_ray.study.oracle import MAX_INCREASE
+from agft_ray.study.bounds import MAX_INCREASE
 from agft_ray.study.pool import Report
 from agft_ray.study.run import Job, fleet_setup
 from agft_ray.virtual.run import FleetSetup, run_fleet
@@ -34,7 +35,7 @@ SETTLED_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class LeastEnergy:
     """The least energy of all steps, and how it was reached."""
 
     energy_j: float
@@ -44,8 +45,8 @@ class Bound:
     """Time of all steps relative to default clocks, less 1."""
 
 
-def perform_lower_bound(job: Job, report: Report) -> RunRecord:
-    """The record of `lower_bound` for one seed; latencies do not exist, so neither does EDP.
+def perform_best_steps(job: Job, report: Report) -> RunRecord:
+    """The record of `best_steps` for one seed; latencies do not exist, so neither does EDP.
 
     `job.default` is the run at default clocks. `choice` is the multiplier.
     """
@@ -55,7 +56,7 @@ def perform_lower_bound(job: Job, report: Report) -> RunRecord:
     for requests in _by_replica(job, setup, report):
         _record_steps(requests, setup, steps)
     record = job.default.record
-    bound = least_energy(
+    least = least_energy(
         *step_costs(setup, steps),
         delay_s=steps.time_s,
         idle_w=_idle_w(setup),
@@ -64,20 +65,19 @@ def perform_lower_bound(job: Job, report: Report) -> RunRecord:
     tokens = record.output_tokens
     return replace(
         record,
-        policy=LOWER_BOUND,
-        energy_j=bound.energy_j,
-        mean_power_w=bound.energy_j / (record.duration_s * setup.replicas),
-        energy_per_output_token_j=bound.energy_j / tokens if tokens else None,
+        policy=BEST_STEPS,
+        energy_j=least.energy_j,
+        mean_power_w=least.energy_j / (record.duration_s * setup.replicas),
+        energy_per_output_token_j=least.energy_j / tokens if tokens else None,
         ttft_s=Distribution(),
         tpot_s=Distribution(),
         e2e_s=Distribution(),
         edp_j_s=None,
         slo_attainment=None,
         clock_changes=None,
-        windows_to_converge=None,
         worst_exploration_tpot_ratio=None,
         sm_clock_mhz=None,
-        choice=f"{bound.multiplier_w:.0f} W, {bound.delay_increase:+.1%}",
+        choice=f"{least.multiplier_w:.0f} W, {least.delay_increase:+.1%}",
     )
 
 
@@ -89,7 +89,7 @@ def least_energy(
     idle_w: float,
     total_s: float,
     max_increase: float = MAX_INCREASE,
-) -> Bound:
+) -> LeastEnergy:
     """Energy over `total_s` with every kind of step at the clock that minimises
     `energy above idle + multiplier * time`.
 
@@ -113,13 +113,11 @@ def least_energy(
         middle = (low + high) / 2.0
         low, high = (middle, high) if spent(middle)[1] > limit_s else (low, middle)
     above, time = spent(high)
-    return Bound(above + idle_w * total_s, high, time / delay_s - 1.0 if delay_s else 0.0)
+    return LeastEnergy(above + idle_w * total_s, high, time / delay_s - 1.0 if delay_s else 0.0)
 
 
 class _Steps:
     """Steps by kind, as a hook of the engine: how many and their mean, and the time of all."""
-
-    is_steady = False
 
     def __init__(self) -> None:
         self.time_s = 0.0

@@ -1,4 +1,4 @@
-"""Learning curves against default clocks: when a policy has settled, and its worst window before.
+"""Learning curves against default clocks, and the worst window of learning.
 
 Everything is of the fleet: a window is the sum over replicas of one span of the fixed time grid.
 """
@@ -11,8 +11,6 @@ import numpy as np
 
 BLOCK = 20
 """Windows of which a mean is taken."""
-TOLERANCE = 0.02
-"""How far the block means may stray from the final value, relative to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,35 +52,13 @@ def _block_sums(values: np.ndarray, block: int) -> np.ndarray:
     return blocks
 
 
-def windows_to_converge(run: FleetWindows, default: FleetWindows) -> int | None:
-    """The first window from which the block EDP stays within `TOLERANCE` of its final value.
+def worst_tpot_ratio(run: FleetWindows, default: FleetWindows, learned: int | None) -> float | None:
+    """Largest TPOT of a window before `learned`, by that of default clocks in that window.
 
-    Both are relative to default clocks under the same load; the final value is that of the run's
-    last quarter as one block. None if it is not within throughout the last quarter, or if that is
-    shorter than a block.
+    With None for `learned`, of the whole run. None if there is no such window with tokens.
     """
     length = min(len(run), len(default))
-    quarter = length // 4
-    if quarter < BLOCK:
-        return None
-    final = float(block_edp_ratios(run, default, quarter)[-1])
-    ratios = block_edp_ratios(run, default)
-    outside = np.flatnonzero(np.abs(ratios / final - 1.0) > TOLERANCE)
-    if not np.isfinite(final):
-        return None
-    first = int(outside[-1]) + 1 if outside.size else 0
-    return first if first <= length - quarter else None
-
-
-def worst_tpot_ratio(
-    run: FleetWindows, default: FleetWindows, converged: int | None
-) -> float | None:
-    """Largest TPOT of a window before convergence, by that of default clocks in that window.
-
-    The whole run counts if it never converged; None if there is no such window with tokens.
-    """
-    length = min(len(run), len(default))
-    end = length if converged is None else min(converged, length)
+    end = length if learned is None else min(learned, length)
     with np.errstate(divide="ignore", invalid="ignore"):
         own, base = (w.itl_sum_s[:end] / w.itl_count[:end] for w in (run, default))
         ratios = own / base

@@ -1,0 +1,113 @@
+"""Phases from process to process, over real sockets."""
+
+import multiprocessing
+import threading
+import time
+
+import pytest
+
+from agft_ray.actors.phase_socket import Doorbell, PhaseSender, phase_path
+from agft_ray.types import Phase
+
+
+@pytest.fixture
+def path(tmp_path):
+    return phase_path(tmp_path / "leases", "replica-1")
+
+
+@pytest.fixture
+def bell(path):
+    bell = Doorbell()
+    bell.listen(path)
+    yield bell
+    bell.close()
+
+
+def test_the_newest_of_those_that_have_come_counts(bell, path):
+    sender = PhaseSender(path)
+    for phase in (Phase.PREFILL, Phase.DECODE, Phase.IDLE):
+        assert sender.send(phase)
+    assert bell.wait(5.0) == (False, Phase.IDLE)
+    assert bell.wait(0.0) == (False, None)
+
+
+def test_without_a_tuner_nothing_happens(path, tmp_path):
+    assert not PhaseSender(path).send(Phase.DECODE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sender_that_came_first_reaches_the_tuner_and_the_one_after_it(path):
+    sender = PhaseSender(path)
+    assert not sender.send(Phase.DECODE)
+    for phase in (Phase.PREFILL, Phase.DECODE):
+        bell = Doorbell()
+        bell.listen(path)  # the one before was killed, and left its socket
+        assert sender.send(phase)
+        assert bell.wait(5.0) == (False, phase)
+    bell.close()
+    assert not path.exists()
+    assert not sender.send(Phase.DECODE)
+
+
+def test_a_tuner_that_hangs_never_blocks_the_replica(bell, path):
+    sender, start_s = PhaseSender(path), time.monotonic()
+    sent = [sender.send(Phase.DECODE) for _ in range(5000)]
+    assert not all(sent)
+    assert time.monotonic() - start_s < 2.0
+    assert bell.wait(1.0) == (False, Phase.DECODE)
+    assert sender.send(Phase.IDLE)
+
+
+def test_anything_else_is_passed_over(bell, path):
+    sender = PhaseSender(path)
+    sender.send(Phase.DECODE)
+    for other in (b"", b"\0", b"\x09", b"\1\2", b"x" * 100):
+        sender._socket.sendto(other, sender._address)
+    assert bell.wait(1.0) == (False, Phase.DECODE)
+
+
+def test_other_threads_ring(bell):
+    threading.Timer(0.05, bell.ring).start()
+    assert bell.wait(5.0) == (True, None)
+    assert bell.wait(0.0) == (False, None)
+    bell.ring()
+    assert bell.wait(5.0) == (True, None), "also one that nobody waited for"
+
+
+def test_a_directory_too_deep_for_an_address_will_do(tmp_path):
+    path = phase_path(tmp_path / ("d" * 100) / "leases", "r")
+    path.parent.parent.parent.mkdir()
+    bell = Doorbell()
+    bell.listen(path)
+    assert PhaseSender(path).send(Phase.DECODE)
+    assert bell.wait(5.0) == (False, Phase.DECODE)
+    bell.close()
+
+
+def test_where_nobody_may_listen_the_bell_still_rings(tmp_path):
+    (tmp_path / "leases").write_text("no directory")
+    bell = Doorbell()
+    bell.listen(phase_path(tmp_path / "leases", "r"))
+    bell.ring()
+    assert bell.wait(5.0) == (True, None)
+    bell.close()
+
+
+def _send(path, count):
+    sender = PhaseSender(path)
+    for number in range(count):
+        sender.send(Phase.PREFILL if number % 2 else Phase.DECODE)
+        time.sleep(0.001)
+
+
+def test_another_process_is_heard(bell, path):
+    process = multiprocessing.get_context("spawn").Process(target=_send, args=(path, 200))
+    process.start()
+    heard, deadline_s = [], time.monotonic() + 30.0
+    while (len(heard) < 50 or process.is_alive()) and time.monotonic() < deadline_s:
+        _, phase = bell.wait(0.1)
+        if phase is not None:
+            heard.append(phase)
+    process.join()
+    assert len(heard) >= 50
+    assert heard[-1] is Phase.PREFILL
