@@ -47,6 +47,8 @@ def test_the_tuner_has_reset_the_clocks_before_the_engine_starts(llm, monkeypatc
     steps = []
 
     class Link:
+        switch = None
+
         async def probed(self):
             steps.append("probed")
 
