@@ -60,13 +60,18 @@ class Doorbell:
         self._poll.register(self._rung, select.POLLIN)
         self._socket: socket.socket | None = None
         self._path: Path | None = None
+        self._was_tried = False
 
     def ring(self) -> None:
         """End the wait of now, or the next one. From any thread."""
         os.eventfd_write(self._rung, 1)
 
     def listen(self, path: Path) -> None:
-        """Take phases from there; without them, should that fail, prompts have their clock."""
+        """Take phases from there, from the first call on; without them, should that fail, prompts
+        have their clock."""
+        if self._was_tried:
+            return
+        self._was_tried = True
         try:
             make_directory(str(path.parent.parent))
             make_directory(str(path.parent))

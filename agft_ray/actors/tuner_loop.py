@@ -19,6 +19,7 @@ from agft_ray.settings import TunerConfig
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import Tuner, WindowRecord
+from agft_ray.types import Mode
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +134,11 @@ class TunerLoop:
         try:
             self._open()
             if self.tuner is not None:
-                self._bell.listen(phase_path(self._spec.gpu.lease_directory, self._spec.replica))
+                phases = phase_path(self._spec.gpu.lease_directory, self._spec.replica)
                 for wake_s in self.tuner.run():
                     self.cpu_s = time.thread_time()
+                    if self.tuner.mode is Mode.CONTROL:  # the other modes leave no trace
+                        self._bell.listen(phases)
                     self._sleep_until(wake_s, self.tuner)
         except GpuLostError as error:
             self.gpu_lost = str(error)
