@@ -38,8 +38,7 @@ def attach_tuner(
 
     Args:
         stats: reads the engine's statistics, given the time to stamp them with; called up to ten
-            times a second on the replica's event loop, so it must be quick (see
-            `EngineStats.sample`).
+            times a second on the replica's event loop, so it must be quick (`EngineStats.sample`).
             Raises `StaleMetricsError`, saying why, while it does not know them.
         gpu: the GPUs to tune: a `NvmlGpuConfig` or `ZeusdGpuConfig` for the NVIDIA GPUs that Ray
             has given the replica (or those it names), or what `claim_simulated_gpu` returned.
