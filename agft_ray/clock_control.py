@@ -27,6 +27,7 @@ from agft_ray.types import (
     GpuSample,
     Phase,
     Plan,
+    Rises,
     Window,
 )
 
@@ -61,6 +62,8 @@ class ClockControl:
         """When that was told; when the last change of plan is over: no window may begin before."""
         self.changes = self.phase_changes = 0
         """Of what is locked; those within a plan among them."""
+        self.rises = Rises()
+        """Of the clock to that of prefill, within plans."""
         self._pace, self._steady_s = Pace(), 0.0
         self._seen: GpuSample | None = None
         self.dropped: set[int] = set()
@@ -155,8 +158,17 @@ class ClockControl:
     def enter(self, phase: Phase, settle_s: float) -> None:
         """The engine does this from now on. Raises as `set`."""
         if phase is not self.phase:
+            if phase is Phase.PREFILL:
+                self._count_rise()
             self.phase, self.phase_s = phase, self._clock.now_s()
         self.catch_up(settle_s)
+
+    def _count_rise(self) -> None:
+        if self.plan.is_uniform:
+            return
+        decode, idle = self.rises.from_decode, self.rises.from_idle
+        is_idle = self.phase is Phase.IDLE
+        self.rises = Rises(decode + (not is_idle), idle + is_idle)
 
     def catch_up(self, settle_s: float) -> None:
         """Set the plan's arm for the present phase, if it is not, unless too much has changed

@@ -229,7 +229,7 @@ class Tuner:
         start_s = max(self.clock.now_s(), self.control.settled_s)
         end_s = start_s + config.window_s
         yield start_s
-        readings = [self._read()]
+        readings, rises = [self._read()], self.control.rises
         while (now_s := self.clock.now_s()) < end_s:
             if self._stopped or self._pending:
                 return None, INTERRUPTED
@@ -250,6 +250,7 @@ class Tuner:
                 engine=self.engine.since(start_s),
                 gpu=readings,
                 serve=self.serve.window(self.clock.now_s()),
+                rises=self.control.rises - rises,
             )
         except (StaleMetricsError, WindowRejectedError) as error:
             return None, str(error)

@@ -222,6 +222,19 @@ class ServeWindow:
     """Age of the newer scrape at the end of the window."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rises:
+    """How often prompts came whose clock had to be set first, for they met another one."""
+
+    from_decode: int = 0
+    """The clock of decode steps."""
+    from_idle: int = 0
+    """The clock of an empty engine."""
+
+    def __sub__(self, other: Rises) -> Rises:
+        return Rises(self.from_decode - other.from_decode, self.from_idle - other.from_idle)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window(EngineCounters):
     """One observation interval of the loop: deltas of counters, means of gauges, energy."""
@@ -244,6 +257,8 @@ class Window(EngineCounters):
     serve: ServeWindow | None = None
     plan: Plan | None = None
     """The plan in force during the window; None where nobody has told: the arm throughout."""
+    rises: Rises = Rises()
+    """Changes within the plan to the clock of prefill; those of a plan with one arm are none."""
 
     @property
     def duration_s(self) -> float:

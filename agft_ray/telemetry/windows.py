@@ -15,6 +15,7 @@ from agft_ray.types import (
     EventReason,
     GpuSample,
     Plan,
+    Rises,
     ServeWindow,
     StepTotals,
     Window,
@@ -36,6 +37,7 @@ def close_window(
     engine: Sequence[EngineSample],
     gpu: Sequence[GpuSample],
     serve: ServeWindow | None,
+    rises: Rises | None = None,
 ) -> Window:
     """The window between the first and the last engine sample.
 
@@ -72,6 +74,7 @@ def close_window(
         request_rate_per_s=serve.request_rate_per_s if serve else counted.ttft_count / duration_s,
         serve=serve,
         plan=plan,
+        rises=rises or Rises(),
     )
 
 

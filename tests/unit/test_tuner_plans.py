@@ -7,7 +7,7 @@ import pytest
 
 from agft_ray.errors import GpuTransientError
 from agft_ray.switch import MAX_CHANGES_PER_S
-from agft_ray.types import Decision, Phase, Plan
+from agft_ray.types import Decision, Phase, Plan, Rises
 from unit.test_tuner import Bench
 
 PREFILL, DECODE, IDLE = Phase.PREFILL, Phase.DECODE, Phase.IDLE
@@ -42,6 +42,26 @@ def test_a_decision_of_one_clock_is_a_plan_of_it():
     assert Decision(1230, "x").chosen == Plan.of(1230)
     assert Decision.of(Plan.of(1230), "x") == Decision(1230, "x")
     assert (Decision.of(PLAN, "x").arm, Decision.of(PLAN, "x").chosen) == (1230, PLAN)
+
+
+def test_a_window_tells_how_often_prompts_had_their_clock_set_and_from_where():
+    bench = PlanningBench()
+    bench.run(6.0)
+    for phase in (DECODE, PREFILL, PREFILL, DECODE, PREFILL, IDLE, PREFILL):
+        bench.tuner.enter(phase)
+    bench.run(4.0)
+    told = [outcome.window.rises for outcome in bench.policy.outcomes]
+    assert Rises(from_decode=2, from_idle=1) in told
+    assert sum(each.from_decode for each in told) == 2
+
+
+def test_a_plan_of_one_clock_has_none_to_rise_from():
+    bench = PlanningBench(Plan.of(1230))
+    bench.run(6.0)
+    for phase in (DECODE, PREFILL, IDLE, PREFILL):
+        bench.tuner.enter(phase)
+    bench.run(4.0)
+    assert {outcome.window.rises for outcome in bench.policy.outcomes} == {Rises()}
 
 
 def test_until_a_switch_tells_prompts_have_their_clock():

@@ -34,10 +34,8 @@ LONG_STEP = 1.0
 
 CURIOSITY = 0.004
 """What a clock not measured yet is worth trying for, as a share."""
-TTFT_MARGINS = 2.5
+TTFT_MARGINS = 4.0
 """Margins that predictions of TTFT, which are coarser, stay below its bound."""
-VISIBLE = 1.01
-"""A slowdown that is more than error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +100,6 @@ def choose(
     )  # fmt: skip
 
 
-def lost(times: StepTimes, clocks_mhz: np.ndarray, before_mhz: np.ndarray) -> np.ndarray:
-    """Share of the work that a step does less at the clock before its own is there.
-
-    Below the lowest clock measured: as 1/f, or where that still was as fast as default clocks (a
-    power cap holds them down) as the root of it, for the true edge is not known yet.
-    """
-    lowest = times.lowest_mhz
-    at_lowest = float(times.slowdown(np.array([lowest]))[0])
-    slower = times.slowdown(before_mhz)
-    if at_lowest < VISIBLE:
-        slower = slower / np.sqrt(np.maximum(lowest / before_mhz, 1.0))
-    return np.asarray(np.maximum(0.0, 1.0 - times.slowdown(clocks_mhz) / slower))
-
-
 def uses_one_clock(config: PhasesConfig, load: Load) -> bool:
     """Prefill and decode share a clock: by settings, or as steps are too short for a change."""
     if config.clocks != "auto":
@@ -169,8 +153,8 @@ def _predict(
     slow = Slowdowns(
         models.prefill.slowdown(grid.prefill),
         models.decode.slowdown(grid.decode),
-        lost(models.prefill, grid.prefill, grid.decode),
-        lost(models.prefill, grid.prefill, idle_mhz),
+        models.prefill.lost(grid.prefill, grid.decode),
+        models.prefill.lost(grid.prefill, idle_mhz),
     )
     seen = latency.seen
     # The bounds take the worst of what is not known, energy what is hoped; and so do TPOT and

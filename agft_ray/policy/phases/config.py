@@ -18,7 +18,7 @@ class PhasesConfig(StrictModel):
     """What is least, within the bounds: energy x E2E^m with m = 0, 1 or 2."""
     bound: Annotated[float, Field(gt=0, le=1)] = 0.10
     """How much longer mean TTFT, TPOT and E2E may be than at default clocks, as a share."""
-    margin: Annotated[float, Field(ge=0, lt=0.1)] = 0.004
+    margin: Annotated[float, Field(ge=0, lt=0.1)] = 0.002
     """How far below the bound predictions must stay."""
     ttft_slo_s: Positive | None = None
     """Mean TTFT in s that takes the place of its relative bound."""

@@ -27,6 +27,8 @@ MIN_DECODE_STEPS, MIN_PREFILL_STEPS = 12.0, 3.0
 """Steps at a clock from which on it counts as measured: none lower is tried before."""
 DRIFT_GAIN = 0.05
 """Weight of a window in the mean error of predicted step times."""
+MAX_LAG = 0.5
+"""Share of the time of prefill steps that may be laid to changes of the clock."""
 MIN_IDLE = 0.03
 """Share of a window that is taken to have been empty."""
 MAX_ERROR = 0.4
@@ -182,18 +184,15 @@ class PhasesPolicy:
         """Time that the steps with prefill lost as they began at the clocks before their own."""
         if self._cached is None:
             return 0.0
-        prefill, decode = window.prefill_steps, window.decode_steps
-        idle_s = max(0.0, window.duration_s - prefill.time_s - decode.time_s)
+        decode = window.decode_steps
         step_s = decode.time_s / decode.steps if decode.steps else 0.0
         times = self._cached[1].prefill
         clocks = [times.top_mhz if arm is None else float(arm) for arm in plan.arms]
-        here, *before = times.expected(np.array(clocks))
-        lost = [max(0.0, 1.0 - here / each) for each in before]
+        lost = times.lost(np.array(clocks[:1]), np.array(clocks[1:]))
         switch_s = self._config.switch_s
-        lag_s = decode.time_s * left_of_switch_s(step_s, switch_s) * lost[0]
-        lag_s += idle_s * switch_s * lost[1]
-        each_s = lag_s / max(decode.time_s + idle_s, 1e-9)
-        return float(min(prefill.steps * each_s, 0.3 * prefill.time_s))
+        lag_s = window.rises.from_decode * left_of_switch_s(step_s, switch_s) * lost[0]
+        lag_s += window.rises.from_idle * switch_s * lost[1]
+        return float(min(lag_s, MAX_LAG * window.prefill_steps.time_s))
 
     def _learn_power(self, window: Window, plan: Plan) -> None:
         duration_s = window.duration_s

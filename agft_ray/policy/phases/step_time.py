@@ -61,6 +61,21 @@ class StepTimes:
         clocks = np.minimum(clocks_mhz, self.top_mhz)
         return np.asarray(np.interp(self.top_mhz / clocks, KNOTS, self.curve))
 
+    def lost(self, clocks_mhz: np.ndarray, before_mhz: np.ndarray) -> np.ndarray:
+        """Share of the work that a step does less at the clock before its own is there."""
+        return np.asarray(
+            np.maximum(0.0, 1.0 - self._likely(clocks_mhz) / self._likely(before_mhz))
+        )
+
+    def _likely(self, clocks_mhz: np.ndarray) -> np.ndarray:
+        """h; below the lowest clock measured as 1/f from there, or where that still was as fast as
+        default clocks (a power cap holds them down) as the root of it: the edge is not known yet.
+        """
+        inside = self.expected(np.maximum(clocks_mhz, self.lowest_mhz))
+        falls = np.maximum(self.lowest_mhz / clocks_mhz, 1.0)
+        is_edge_known = float(self.expected(np.array([self.lowest_mhz]))[0]) >= VISIBLE
+        return np.asarray(inside * (falls if is_edge_known else np.sqrt(falls)))
+
     def hoped(self, clocks_mhz: np.ndarray) -> np.ndarray:
         """The lower end of h at clocks: what makes it worth while to measure them."""
         clocks = np.minimum(clocks_mhz, self.top_mhz)
@@ -68,13 +83,19 @@ class StepTimes:
 
     def slowdown(self, clocks_mhz: np.ndarray) -> np.ndarray:
         """The upper end of h at clocks. Below the lowest one measured the worst that can be: as
-        1/f."""
+        1/f, which is more than error, so that it has none on top."""
         lowest = self.lowest_mhz
-        inside = self.expected(np.maximum(clocks_mhz, lowest)) * (1.0 + self.error)
-        worst = inside * np.maximum(lowest / clocks_mhz, 1.0)
+        inside = self.expected(np.maximum(clocks_mhz, lowest))
+        worst = np.maximum(
+            inside * (1.0 + SIGMAS * self.error), inside * np.maximum(lowest / clocks_mhz, 1.0)
+        )
         return np.asarray(np.clip(worst, 1.0, np.maximum(self.top_mhz / clocks_mhz, 1.0)))
 
 
+VISIBLE = 1.01
+"""A slowdown that is more than error."""
+SIGMAS = 2.0
+"""Standard errors of h up to its upper end."""
 NEAR, SURE = 0.03, 0.02
 """Windows at clocks so near tell of h; an error of h of which it is sure enough."""
 ALIKE = 0.012
@@ -87,7 +108,8 @@ def fit(sums: WorkSums, top_mhz: float, min_steps: float) -> StepTimes:
     clocks = sums.clocks(top_mhz)
     basis = _hats(top_mhz / clocks)
     costs = _costs(sums)
-    _, spread = _free_slowdowns(sums, costs)
+    _, rest = _free_slowdowns(sums, costs)
+    spread = _spread(sums, rest)
     curve = _curve(sums, costs, basis, spread)
     curve = _possible(curve)
     near = np.abs(np.log(clocks[:, None] / clocks[None, :])) < ALIKE
@@ -95,7 +117,7 @@ def fit(sums: WorkSums, top_mhz: float, min_steps: float) -> StepTimes:
     known = (near @ sums.steps >= min_steps) & (np.arange(len(clocks)) > 0)
     order = np.argsort(clocks[known])
     measured = clocks[known][order]
-    error = float(np.sqrt(spread / max(float(sums.windows[0]), 1.0)))
+    error = _error(sums, float(rest[0]), spread)
     hope = _hope(curve, top_mhz / clocks, sums.windows, spread)
     return StepTimes(costs, top_mhz, measured, (basis @ curve)[known][order], curve, hope, error)
 
@@ -108,16 +130,28 @@ def _hope(curve: np.ndarray, x: np.ndarray, windows: np.ndarray, spread: float) 
     )
 
 
-def _free_slowdowns(sums: WorkSums, costs: np.ndarray) -> tuple[np.ndarray, float]:
-    """The best h of each clock for itself, and the variance of windows' times about it, relative:
-    as they are weighted by 1/t², their squares add up to their number."""
+def _free_slowdowns(sums: WorkSums, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best h of each clock for itself, and the squares that are left of the windows' relative
+    times about it: as they are weighted by 1/t², without any fit these are their numbers."""
     squares = np.einsum("i,kij,j->k", costs, sums.grams, costs)
     pulls = sums.responses @ costs
     slowdowns = np.maximum(pulls / np.maximum(squares, 1e-12), 0.0)
     slowdowns[0] = 1.0
     rest = sums.windows - 2.0 * slowdowns * pulls + squares * slowdowns**2
-    free = max(float(sums.windows.sum()) - FEATURES - len(slowdowns), 1.0)
-    return slowdowns, max(0.0, float(rest.sum())) / free
+    return slowdowns, np.maximum(rest, 0.0)
+
+
+def _spread(sums: WorkSums, rest: np.ndarray) -> float:
+    """Variance of a window's time about the fit, relative."""
+    free = max(float(sums.windows.sum()) - FEATURES - len(rest), 1.0)
+    return float(rest.sum()) / free
+
+
+def _error(sums: WorkSums, rest: float, spread: float) -> float:
+    """Of the mean time at default clocks, which all h are relative to. There no step loses time to
+    a change of clock, so that its windows spread less; few of them are taken to spread as all."""
+    windows = max(float(sums.windows[0]), 1.0)
+    return float(np.sqrt((rest + FEATURES * spread) / windows / windows))
 
 
 def _hats(x: np.ndarray) -> np.ndarray:

@@ -40,8 +40,29 @@ def test_noiseless_steps_give_the_true_costs_and_slowdowns():
 
 def test_below_what_was_measured_it_is_as_slow_as_can_be():
     model = fit(learned((0, 1800, 1500), np.random.default_rng(0)), TOP, 12)
-    measured, below = model.slowdown(np.array([1500.0, 1000.0]))
+    measured, below = model.expected(np.array([1500.0]))[0], model.slowdown(np.array([1000.0]))[0]
     assert below == pytest.approx(measured * 1.5)
+
+
+def test_what_was_measured_is_as_slow_as_its_error_allows():
+    sums = learned((0, 1800, 1500, 1200), np.random.default_rng(0), noise=0.1)
+    model = fit(sums, TOP, 12)
+    assert 0.1 / 10 < model.error < 0.1  # of some tens of windows that spread by 0.1
+    upper = model.expected(np.array([1200.0])) * (1 + 2 * model.error)
+    np.testing.assert_allclose(model.slowdown(np.array([1200.0])), upper)
+
+
+def test_a_step_loses_what_it_does_less_at_the_clock_before_its_own():
+    model = fit(learned((0, 1800, 1500, 1200), np.random.default_rng(0)), TOP, 12)
+    lost = model.lost(np.array([1800.0]), np.array([1200.0, 600.0, 2000.0]))
+    true = [1 - slowdown(1800) / slowdown(1200), 1 - slowdown(1800) / (2 * slowdown(1200)), 0.0]
+    np.testing.assert_allclose(lost, true, atol=0.02)
+
+
+def test_where_no_clock_was_slower_yet_half_the_way_down_is_taken_to_be_lost():
+    sums = learned((0, 1950, 1900), np.random.default_rng(0), curve=lambda clock: 1.0)
+    lost = fit(sums, TOP, 12).lost(np.array([1900.0]), np.array([475.0]))
+    np.testing.assert_allclose(lost, 1 - 1 / np.sqrt(4.0), atol=0.01)
 
 
 def test_a_load_that_rises_while_clocks_fall_is_not_taken_for_the_clock():
