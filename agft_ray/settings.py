@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from agft_ray.config import Count, NonNegative, Positive, StrictModel
+from agft_ray.config import Count, NonNegative, Positive, Share, StrictModel
 from agft_ray.policy.agft.config import AgftConfig
 from agft_ray.policy.baselines.fixed import FixedConfig
 from agft_ray.policy.registry import PolicyConfig
@@ -75,6 +75,13 @@ class TunerConfig(StrictModel):
     """Windows in a row beyond an SLO after which clocks are reset for a while."""
     cooldown_windows: Count = 10
     """How many windows default clocks are kept after such a reset."""
+    high_kv_cache_usage: Share = 0.8
+    """KV cache usage above which default clocks are set, as they are after preemptions."""
+    long_queue: NonNegative = 4.0
+    """Waiting requests, in the mean of a window, above which a longer queue than before sets
+    default clocks."""
+    calm_windows: Count = 5
+    """Windows in a row without any of that, the queue no longer than so, before it is over."""
     holdout_replicas: int = Field(default=0, ge=0)
     """How many live replicas, by order of rank, stay at default clocks as the baseline."""
     share_experience: bool = True

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from agft_ray.clock import Clock
 from agft_ray.clock_control import ClockControl
 from agft_ray.errors import GpuError, GpuLostError, GpuTransientError, StaleMetricsError
+from agft_ray.fail_safe import FailSafe
 from agft_ray.gpu.base import Gpu
 from agft_ray.policy.arms import nearest
 from agft_ray.policy.base import Policy
@@ -116,7 +117,7 @@ class Tuner:
         self._controls = False
         self._context: Context | None = None
         self._raised: deque[Exception] = deque(maxlen=1)  # by `enter`
-        self._idle = self._blind = self._beyond_slo = self._cooldown = self._faults = 0
+        self._fail_safe, self._faults = FailSafe(), 0
         self._apply(config)
 
     # -- control from outside ------------------------------------------------------------------
@@ -163,7 +164,7 @@ class Tuner:
     @property
     def waits_for_work(self) -> bool:
         """True while the engine has been empty for long: resume the loop once it is not."""
-        return self._idle >= self.config.idle_windows
+        return self._fail_safe.idle >= self.config.idle_windows
 
     def _apply(self, config: TunerConfig) -> None:
         def learning(c: TunerConfig) -> tuple[object, ...]:
@@ -286,12 +287,16 @@ class Tuner:
         """The next arm. Default clocks wherever the loop cannot know or must not interfere."""
         was_waiting = self.waits_for_work
         throttled = window is not None and bool(window.event_reasons & THROTTLED)
-        self._count(window, throttled, note)
-        if rest := self._reason_to_rest(throttled):
+        if rest := self._reason_to_rest(window, throttled, note):
             self.state = rest
             return Decision(None, rest)
-        tuning = TunerState.TUNING if self._controls else TunerState.OBSERVING
-        self.state = TunerState(self.control.state or tuning)
+        pressed = self._fail_safe.is_pressed
+        tuning = TunerState.PRESSURE if pressed else TunerState.TUNING
+        self.state = TunerState(
+            self.control.state or (tuning if self._controls else TunerState.OBSERVING)
+        )
+        if pressed:
+            return Decision(None, TunerState.PRESSURE)
         if not self.arms:
             return Decision(None, "no arms")
         if self.waits_for_work:
@@ -304,32 +309,23 @@ class Tuner:
             return Decision.of(self.control.plan, "hold")
         return self.policy.select(self._context, self.arms)
 
-    def _reason_to_rest(self, throttled: bool) -> TunerState | None:
-        """Why default clocks are kept whatever the policy says: the first of these that holds."""
-        cannot_know = self._blind >= self.config.stale_windows or self.is_cut_off
-        too_slow = self._beyond_slo >= self.config.slo_windows
-        if cannot_know and throttled:
-            self._cooldown = self.config.cooldown_windows
-        elif not cannot_know and too_slow and not self.control.plan.is_default:
-            self._beyond_slo, self._cooldown = 0, self.config.cooldown_windows
-        reasons = (
-            (cannot_know and throttled, TunerState.THROTTLED),
-            (cannot_know, TunerState.BLIND),
-            (self._cooldown > 0, TunerState.COOLDOWN),
-            (self.holdout, TunerState.HOLDOUT),
+    def _reason_to_rest(
+        self, window: Window | None, throttled: bool, note: str
+    ) -> TunerState | None:
+        self._fail_safe.see(
+            window,
+            self.config,
+            throttled=throttled,
+            beyond_slo=window is not None and self.reward.violates_slo(window),
+            interrupted=note in (INTERRUPTED, WOKEN),
         )
-        rest = next((state for holds, state in reasons if holds), None)
-        if rest is TunerState.COOLDOWN:
-            self._cooldown -= 1
-        return rest
-
-    def _count(self, window: Window | None, throttled: bool, note: str) -> None:
-        """Windows in a row that were blind, empty, or beyond an SLO."""
-        if note not in (INTERRUPTED, WOKEN):
-            self._blind = self._blind + 1 if window is None or throttled else 0
-        self._idle = self._idle + 1 if window is not None and window.is_idle else 0
-        if window is not None:
-            self._beyond_slo = self._beyond_slo + 1 if self.reward.violates_slo(window) else 0
+        return self._fail_safe.reason(
+            self.config,
+            throttled=throttled,
+            cut_off=self.is_cut_off,
+            holdout=self.holdout,
+            at_default=self.control.plan.is_default,
+        )
 
     # -- faults ------------------------------------------------------------------------------------
 
@@ -341,7 +337,7 @@ class Tuner:
             "tuner fault %d of %d, clocks are reset", self._faults, MAX_FAULTS, exc_info=error
         )
         self.state = TunerState.FAULT
-        self._idle = self._blind = self._beyond_slo = 0
+        self._fail_safe.forget()
         self.control.reset_own()
         permanent = isinstance(error, GpuError) and not isinstance(error, GpuTransientError)
         self._stopped = permanent or self._faults >= MAX_FAULTS

@@ -21,6 +21,7 @@ class TunerState(enum.StrEnum):
     BLIND = "blind"
     THROTTLED = "throttled"
     COOLDOWN = "cooldown"
+    PRESSURE = "pressure"
     HELD = "held"
     REFUSED = "refused"
     YIELDED = "yielded"

@@ -34,9 +34,7 @@ CONFIGS = {
         baseline_windows=1, refine_after=1, convergence_window=10, forgetting=1.0
     ),
     "phases": PhasesConfig(),
-    "phases-hasty": PhasesConfig(
-        baseline_decode_steps=10, baseline_prefill_steps=2, high_kv_cache_usage=1.0, clocks="pair"
-    ),
+    "phases-hasty": PhasesConfig(baseline_decode_steps=10, baseline_prefill_steps=2, clocks="pair"),
     "agft_reference": AgftReferenceConfig(),
     "rules": RulesConfig(),
     "activity": ActivityConfig(),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from agft_ray.config import Count, NonNegative, Positive, Share, StrictModel
+from agft_ray.config import Count, NonNegative, Positive, StrictModel
 
 
 class PhasesConfig(StrictModel):
@@ -45,9 +45,5 @@ class PhasesConfig(StrictModel):
     """Discount of what the models know, per window: half is forgotten in 693."""
     probe_share: Annotated[float, Field(ge=0, le=0.01)] = 0.003
     """Share of the time spent at default clocks to measure them again."""
-    high_kv_cache_usage: Share = 0.8
-    """KV cache usage above which default clocks are set."""
-    calm_windows: Count = 5
-    """Windows without pressure (KV cache, preemptions, a growing queue) before it is over."""
     max_drift: Annotated[float, Field(gt=0)] = 0.15
     """Mean relative error of predicted step times beyond which all is learned anew."""

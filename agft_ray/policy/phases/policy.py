@@ -17,7 +17,6 @@ from agft_ray.policy.phases.choice import Choice, Models, choose, idle_kind
 from agft_ray.policy.phases.config import PhasesConfig
 from agft_ray.policy.phases.latency import left_of_switch_s
 from agft_ray.policy.phases.power import PowerSums
-from agft_ray.policy.phases.pressure import Pressure
 from agft_ray.policy.phases.work import WorkSums, decode_work, key_of, prefill_work
 from agft_ray.policy.statistics import is_evidence
 from agft_ray.types import Arm, Context, Decision, Outcome, Plan, Window
@@ -69,9 +68,9 @@ class PhasesPolicy:
     """Learns step times and power by phase, predicts, and takes the cheapest plan within bounds.
 
     What the models are: `step_time`, `power`, `latency`; how a plan is chosen, and why walking
-    down is safe: `choice`. It begins at default clocks, returns there under pressure
-    (`pressure`), and for a window now and then to measure them again. Where step times are not
-    what was predicted for long, it begins anew. All depends on windows only, so `select` is pure.
+    down is safe: `choice`. It begins at default clocks, and returns there for a window now
+    and then to measure them again. Where step times are not what was predicted for long, it begins
+    anew. All depends on windows only, so `select` is pure.
     """
 
     name = "phases"
@@ -81,7 +80,6 @@ class PhasesPolicy:
         self._prefill, self._decode = WorkSums(), WorkSums()
         self._power = PowerSums()
         self._state = _State()
-        self._pressure = Pressure()
         self._cached: tuple[Any, Models] | None = None
 
     # -- choosing ------------------------------------------------------------------------------
@@ -92,8 +90,6 @@ class PhasesPolicy:
             return Decision(None, "no arms")
         default = Plan.of(None)
         may = self._state.ready
-        if self._pressure.is_on(self._config):
-            return Decision.of(default, "pressure")
         if not may[1]:
             return Decision.of(default, "baseline")
         if self._probe_is_due(arms):
@@ -148,7 +144,6 @@ class PhasesPolicy:
         window = outcome.window
         plan = window.plan or Plan.of(window.arm)
         state, config = self._state, self._config
-        self._pressure.see(window, config)
         self._notice_drift(window, plan)
         self._prefill.forget(config.forgetting)
         self._decode.forget(config.forgetting)
@@ -254,7 +249,6 @@ class PhasesPolicy:
             "schema": SNAPSHOT_SCHEMA,
             "settings": self._config.model_dump(mode="json"),
             "state": self._state.model_dump(mode="json"),
-            "pressure": self._pressure.model_dump(mode="json"),
             "prefill": self._prefill.snapshot(),
             "decode": self._decode.snapshot(),
             "power": self._power.snapshot(),
@@ -270,12 +264,11 @@ class PhasesPolicy:
                 )
         try:
             state = _State.model_validate(snapshot["state"])
-            pressure = Pressure.model_validate(snapshot["pressure"])
             prefill, decode = (WorkSums.restored(snapshot[name]) for name in ("prefill", "decode"))
             powers = PowerSums.restored(snapshot["power"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"snapshot of phases is malformed: {error!r}") from None
-        self._state, self._pressure, self._power = state, pressure, powers
+        self._state, self._power = state, powers
         self._prefill, self._decode = prefill, decode
         self._cached = None
 
@@ -283,9 +276,7 @@ class PhasesPolicy:
         """Figures for people."""
         state = self._state
         learning = not self._state.ready[1]
-        phase = (
-            "pressure" if self._pressure.is_on(self._config) else "learn" if learning else "tune"
-        )
+        phase = "learn" if learning else "tune"
         prefill, decode, idle = state.now
         return {
             "phase": phase,

@@ -108,7 +108,7 @@ def test_windows_within_a_plan_are_evidence_and_know_it():
 
 
 def test_with_one_clock_for_all_steps_nothing_is_switched_but_the_idle_clock():
-    requests = list(generate_conversation(2.0, 60.0, seed=4))
+    requests = list(generate_conversation(1.0, 60.0, seed=4))  # without pressure
     one = run_fleet(requests, make_setup(Plan(1200, 1200, 1200)))
     fixed = make_setup(tuner={"policy": {"name": "fixed", "sm_clock_mhz": 1200}})
     assert one.energy_j == run_fleet(requests, fixed).energy_j

@@ -65,21 +65,6 @@ def test_it_begins_at_default_clocks_and_walks_down_in_safe_steps_to_where_decod
     assert decisions[-1].chosen.idle == 210, "the cheapest while empty"
 
 
-@pytest.mark.parametrize(
-    "sign", [{"kv_cache_usage": 0.9}, {"preemptions": 1}, {"waiting": 9.0}], ids=str
-)
-def test_pressure_leads_to_default_clocks_at_once_and_for_a_while(sign):
-    rng, policy = np.random.default_rng(0), PhasesPolicy(PhasesConfig(calm_windows=3))
-    plan = walked(policy, 60, rng)[-1].chosen
-    decision = told(policy, window_at(plan, rng, **sign))
-    assert decision.reason == "pressure"
-    assert decision.chosen == Plan.of(None)
-    reasons = [told(policy, window_at(Plan.of(None), rng)).reason for _ in range(4)]
-    assert reasons[:2] == ["pressure"] * 2
-    assert reasons[3] != "pressure"
-    assert policy.select(CONTEXT, ARMS).chosen.decode == pytest.approx(plan.decode, rel=0.03)
-
-
 def test_one_clock_where_it_is_told_so():
     policy = PhasesPolicy(PhasesConfig(clocks="one"))
     for decision in walked(policy, 80, np.random.default_rng(0)):
