@@ -125,6 +125,8 @@ class GpuSample:
     """How `power_w` was had: "instant", or "average" (over about a second) on older drivers."""
     energy_source: str = "counter"
     """"counter", or "integrated": from polled power, where the GPU has no energy counter."""
+    gpus: int = 1
+    """Of how many GPUs it is the reading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +259,16 @@ class Window(EngineCounters):
     serve: ServeWindow | None = None
     plan: Plan | None = None
     """The plan in force during the window; None where nobody has told: the arm throughout."""
+<<<<<<< HEAD
     rises: Rises = Rises()
     """Changes within the plan to the clock of prefill; those of a plan with one arm are none."""
+=======
+    clock_change_s: float | None = None
+    """How long a change of the clock takes on this GPU, the call included: the median of the last
+    ones; None while it is not known."""
+    gpus: int = 1
+    """How many GPUs serve the engine and are set as one."""
+>>>>>>> 8ed075d (The time a clock change takes is measured while it settles; phases takes it, and one clock for several GPUs)
 
     @property
     def duration_s(self) -> float:
