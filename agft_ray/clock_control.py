@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from agft_ray.clock import Clock
-from agft_ray.clock_standing import AS_FOUND, AT_DEFAULT, Hold, Standing
+from agft_ray.clock_standing import AS_FOUND, AT_DEFAULT, Hold, Standing, is_lower
 from agft_ray.clock_standing import Obstacle as Obstacle
 from agft_ray.clock_timer import TOLERANCE, ClockTimer
 from agft_ray.errors import (
@@ -181,7 +181,7 @@ class ClockControl:
         if self.plan.is_uniform or arm == self.locked:
             return
         now_s, before = self._clock.now_s(), self.changes
-        if not self._pace.allows(now_s, lowers=_is_lower(arm, self.locked)):
+        if not self._pace.allows(now_s, lowers=is_lower(arm, self.locked)):
             return
         self._lock(arm, settle_s)
         if self.changes > before:
@@ -347,8 +347,3 @@ class ClockControl:
             Obstacle.YIELDED,
             f"{found}: somebody else sets clocks; end that, then send new settings",
         )
-
-
-def _is_lower(arm: Arm, than: Arm) -> bool:
-    """Default clocks are above all others."""
-    return arm is not None and (than is None or arm < than)

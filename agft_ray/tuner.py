@@ -231,12 +231,7 @@ class Tuner:
         yield from self._settle()
         start_s = self.clock.now_s()
         end_s = start_s + config.window_s
-<<<<<<< HEAD
-        yield start_s
         readings, rises = [self._read()], self.control.rises
-=======
-        readings = [self._read()]
->>>>>>> 8ed075d (The time a clock change takes is measured while it settles; phases takes it, and one clock for several GPUs)
         while (now_s := self.clock.now_s()) < end_s:
             if self._stopped or self._pending:
                 return None, INTERRUPTED
@@ -257,11 +252,8 @@ class Tuner:
                 engine=self.engine.since(start_s),
                 gpu=readings,
                 serve=self.serve.window(self.clock.now_s()),
-<<<<<<< HEAD
                 rises=self.control.rises - rises,
-=======
                 clock_change_s=self.control.timer.median_s,
->>>>>>> 8ed075d (The time a clock change takes is measured while it settles; phases takes it, and one clock for several GPUs)
             )
         except (StaleMetricsError, WindowRejectedError) as error:
             return None, str(error)

@@ -259,16 +259,13 @@ class Window(EngineCounters):
     serve: ServeWindow | None = None
     plan: Plan | None = None
     """The plan in force during the window; None where nobody has told: the arm throughout."""
-<<<<<<< HEAD
     rises: Rises = Rises()
     """Changes within the plan to the clock of prefill; those of a plan with one arm are none."""
-=======
     clock_change_s: float | None = None
     """How long a change of the clock takes on this GPU, the call included: the median of the last
     ones; None while it is not known."""
     gpus: int = 1
     """How many GPUs serve the engine and are set as one."""
->>>>>>> 8ed075d (The time a clock change takes is measured while it settles; phases takes it, and one clock for several GPUs)
 
     @property
     def duration_s(self) -> float:

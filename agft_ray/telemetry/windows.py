@@ -37,11 +37,8 @@ def close_window(
     engine: Sequence[EngineSample],
     gpu: Sequence[GpuSample],
     serve: ServeWindow | None,
-<<<<<<< HEAD
     rises: Rises | None = None,
-=======
     clock_change_s: float | None = None,
->>>>>>> 8ed075d (The time a clock change takes is measured while it settles; phases takes it, and one clock for several GPUs)
 ) -> Window:
     """The window between the first and the last engine sample.
 
@@ -78,12 +75,9 @@ def close_window(
         request_rate_per_s=serve.request_rate_per_s if serve else counted.ttft_count / duration_s,
         serve=serve,
         plan=plan,
-<<<<<<< HEAD
         rises=rises or Rises(),
-=======
         clock_change_s=clock_change_s,
         gpus=gpu[-1].gpus,
->>>>>>> 8ed075d (The time a clock change takes is measured while it settles; phases takes it, and one clock for several GPUs)
     )
 
 
