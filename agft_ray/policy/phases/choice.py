@@ -28,10 +28,6 @@ from agft_ray.types import Arm, Plan
 DELAY_EXPONENTS = {"energy": 0.0, "edp": 1.0, "ed2p": 2.0}
 OFFSETS = np.array([0, 1, 2, 3, 4, 6, 8, 11, 15, 20])
 """Clocks of a phase that are considered at once: so many places from the present one."""
-LONG_STEP = 1.0
-"""A pair pays where a step with prefill lasts longer than so many clock changes."""
-
-
 CURIOSITY = 0.004
 """What a clock not measured yet is worth trying for, as a share."""
 TTFT_MARGINS = 4.0
@@ -79,7 +75,7 @@ def choose(
     """The best plan; None where nothing but default clocks keeps the bounds. `may` says of which
     phases, prefill and decode, enough is known to leave their highest clock."""
     top, lowest = max(arms), min(arms)
-    one = uses_one_clock(config, models)
+    one = uses_one_clock(config, models.gpus)
     grid = _candidates(config, models, arms, now, may, one)
     latency = LatencyModel(models.load, models.switch_s)
     costs, ratios = _predict(config, models, latency, grid, top, lowest)
@@ -104,13 +100,10 @@ def choose(
     )  # fmt: skip
 
 
-def uses_one_clock(config: PhasesConfig, models: Models) -> bool:
-    """Prefill and decode share a clock: by settings, as several GPUs would have to change at once,
-    or as steps are too short for a change."""
-    if config.clocks != "auto":
-        return config.clocks == "one"
-    step_s = models.load.prefill_step_s
-    return models.gpus > 1 or 0 < step_s < LONG_STEP * models.switch_s
+def uses_one_clock(config: PhasesConfig, gpus: int) -> bool:
+    """Prefill and decode share a clock: by settings, or as several GPUs would have to change at
+    once. Where steps are too short for a change, its lag says so in TTFT."""
+    return config.clocks == "one" or (config.clocks == "auto" and gpus > 1)
 
 
 def _candidates(
@@ -120,15 +113,14 @@ def _candidates(
     ordered = np.array(sorted(arms), dtype=float)
     both = (models.prefill, now.prefill, may[0]), (models.decode, now.decode, may[1])
     prefill, decode = (_reachable(config, ordered, *each) for each in both)
-    kinds = np.array([IDLE_DEFAULT, IDLE_LOWEST, IDLE_LAST])
-    if one:
-        lowest = max(prefill[0], decode[0])
-        common = np.union1d(prefill, decode)
-        common = common[common >= lowest]
-        clocks, idle = np.meshgrid(common, kinds, indexing="ij")
-        return _Grid(clocks.ravel(), clocks.ravel(), idle.ravel())
-    p, d, idle = np.meshgrid(prefill, decode, kinds, indexing="ij")
-    return _Grid(p.ravel(), d.ravel(), idle.ravel())
+    common = np.union1d(prefill, decode)
+    p = d = common[common >= max(prefill[0], decode[0])]
+    if not one:
+        each_p, each_d = np.meshgrid(prefill, decode, indexing="ij")
+        p, d = np.append(p, each_p), np.append(d, each_d)
+    kinds = IDLE_DEFAULT, IDLE_LOWEST, IDLE_LAST
+    idle = np.repeat(kinds, len(p))
+    return _Grid(np.tile(p, len(kinds)), np.tile(d, len(kinds)), idle)
 
 
 def _reachable(

@@ -9,8 +9,8 @@ the ratio of TPOT itself (Little's law); iterated to its fixed point.
 
 TTFT. The rest of the decode step under way, own prefill, waiting behind other prefills as in M/G/1
 (Pollaczek-Khinchine, with prefill utilisation u), and what is lost while the clock rises:
-    TTFT = d t_d/2 + t_p + u t_p c / (2 (1 - u)) + lag,  c = E[t_p²]/E[t_p]²,
-d the share of time in decode steps. The clock is there L after the prompt: until then it advances
+    TTFT = d t_d/2 + s + u s c / (2 (1 - u)) + lag,  c = E[t_p²]/E[t_p]²,
+d the share of time in decode steps, s the time of a prompt's own steps. The clock is there L after the prompt: until then it advances
 at the clock before, so that `lag = L' (1 - h_p(f_p) / h_p(f))`. L' is L for a prompt that finds the
 engine empty, else what is left of L once the decode step under way is over.
 
@@ -100,7 +100,7 @@ class LatencyModel:
 
     def _ttft_s(self, slowdowns: Slowdowns) -> np.ndarray:
         load = self._load
-        own_s = load.prefill_step_s * slowdowns.prefill
+        own_s = load.prompt_s * slowdowns.prefill
         utilization = np.minimum(load.prefill / load.prefill_slowdown * slowdowns.prefill, 0.95)
         waiting_s = own_s * load.prefill_spread * utilization / (2.0 * (1.0 - utilization))
         rest_s = load.decode * load.decode_step_s * slowdowns.decode / 2.0

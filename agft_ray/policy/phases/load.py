@@ -31,6 +31,9 @@ class Load:
     decode: float
     prefill_step_s: float
     """Mean, as it would be at default clocks."""
+    prompt_s: float
+    """Mean time of the steps that compute a prompt, at default clocks: a long one takes several,
+    several short ones share one."""
     prefill_slowdown: float
     """Mean slowdown of steps with prefill."""
     prefill_spread: float
@@ -97,6 +100,7 @@ def load_of(sums: Sequence[float] | np.ndarray, prefill: StepTimes, decode: Step
         prefill=s["prefill_s"] / duration_s,
         decode=s["decode_s"] / duration_s,
         prefill_step_s=_ratio(base_p, s["prefill_steps"]),
+        prompt_s=max(_ratio(base_p, s["prefill_steps"]), _ratio(base_p, s["first_tokens"])),
         prefill_slowdown=max(1.0, _ratio(s["prefill_s"], base_p, 1.0)),
         prefill_spread=max(1.0, _ratio(s["prefill_s2"] * s["prefill_steps"], s["prefill_s"] ** 2)),
         decode_step_s=step_d,

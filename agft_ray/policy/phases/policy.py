@@ -28,6 +28,8 @@ DRIFT_GAIN = 0.05
 """Weight of a window in the mean error of predicted step times."""
 MAX_LAG = 0.5
 """Share of the time of prefill steps that may be laid to changes of the clock."""
+LAG_DOUBT = 10.0
+"""How uncertain that is, against what else makes a window's steps differ: 0.3 of it, to 0.03."""
 MIN_IDLE = 0.03
 """Share of a window that is taken to have been empty."""
 MAX_ERROR = 0.4
@@ -178,8 +180,11 @@ class PhasesPolicy:
     def _learn_steps(self, window: Window, plan: Plan) -> None:
         prefill, decode = window.prefill_steps, window.decode_steps
         if prefill.steps and prefill.time_s > 0:
-            time_s = prefill.time_s - self._lag_s(window, plan)
-            self._prefill.add(key_of(plan.prefill), prefill_work(window), time_s, prefill.steps)
+            lag_s = self._lag_s(window, plan)
+            time_s = prefill.time_s - lag_s
+            weight = 1.0 / (1.0 + (LAG_DOUBT * lag_s / time_s) ** 2)
+            work = prefill_work(window)
+            self._prefill.add(key_of(plan.prefill), work, time_s, prefill.steps, weight)
         if decode.steps and decode.time_s > 0:
             work = decode_work(window)
             self._decode.add(key_of(plan.decode), work, decode.time_s, decode.steps)

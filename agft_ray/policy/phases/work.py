@@ -63,14 +63,16 @@ class WorkSums:
         self.grams = np.zeros((1, FEATURES, FEATURES))
         self.responses = np.zeros((1, FEATURES))
 
-    def add(self, key: int, work: np.ndarray, time_s: float, steps: int) -> None:
-        """Count a window's steps at a clock."""
+    def add(
+        self, key: int, work: np.ndarray, time_s: float, steps: int, weight: float = 1.0
+    ) -> None:
+        """Count a window's steps at a clock; of times that are known less well, a share."""
         row = self._row(key)
         scaled = work / time_s
-        self.steps[row] += steps
-        self.windows[row] += 1.0
-        self.grams[row] += np.outer(scaled, scaled)
-        self.responses[row] += scaled
+        self.steps[row] += weight * steps
+        self.windows[row] += weight
+        self.grams[row] += weight * np.outer(scaled, scaled)
+        self.responses[row] += weight * scaled
 
     def scale(self, factor: float) -> None:
         """Multiply all evidence by a factor."""

@@ -20,7 +20,7 @@ SWITCH_S = 0.03
 
 def load(**changes):
     values = {
-        "idle": 0.2, "prefill": 0.1, "decode": 0.7, "prefill_step_s": 0.2,
+        "idle": 0.2, "prefill": 0.1, "decode": 0.7, "prefill_step_s": 0.2, "prompt_s": 0.2,
         "prefill_slowdown": 1.0, "prefill_spread": 1.5, "decode_step_s": 0.025,
         "decode_slowdown": 1.0, "interference": 0.12, "others": 1.0, "growth": 0.05,
         "ttft_s": 0.25, "tpot_s": 0.027, "e2e_s": 5.0, "requests_per_s": 0.5,
