@@ -17,7 +17,7 @@ from agft_ray.policy.arms import nearest
 from agft_ray.policy.base import Policy
 from agft_ray.policy.experience import Prior
 from agft_ray.policy.registry import build_policy
-from agft_ray.policy.reward import DELAY_EXPONENTS, Reward
+from agft_ray.policy.reward import Reward
 from agft_ray.settings import TunerConfig
 from agft_ray.telemetry.features import extract
 from agft_ray.telemetry.inbox import EngineInbox
@@ -95,7 +95,7 @@ class Tuner:
         self.gpu, self.engine, self.serve, self.clock = gpu, engine, serve, clock
         self.role = role
         """What the engine does: 'mixed', 'prefill' or 'decode'."""
-        self.policy = policy or build_policy(config.policy)
+        self.policy = policy or build_policy(config.policy, config.goals)
         self.holdout = False
         """Keep default clocks whatever the policy says, as the baseline of others."""
         self.is_cut_off = False
@@ -124,9 +124,9 @@ class Tuner:
     def reconfigure(self, config: TunerConfig) -> None:
         """Take new settings at the next step.
 
-        What was learned stays, unless the policy's own settings or what a reward means (objective,
-        SLOs, length of a window) changed. Raises `ValueError`, and changes nothing, if no supported
-        clock lies within the bounds.
+        What was learned stays, unless the policy's own settings or the length of a window changed,
+        or, of a policy that learns from rewards, what they mean (objective, SLOs). Raises
+        `ValueError`, and changes nothing, if no supported clock lies within the bounds.
         """
         config.arms(self.gpu.arms, self.gpu.actuator)
         self._pending.append(config)
@@ -143,6 +143,11 @@ class Tuner:
     def mode(self) -> Mode:
         """That of the settings in force."""
         return Mode(self.config.mode)
+
+    @property
+    def learned_under(self) -> str:
+        """What the policy's rewards mean, "" where it learns nothing from them."""
+        return self.reward.meaning if self.policy.learns_rewards else ""
 
     @property
     def arms(self) -> tuple[int, ...]:
@@ -166,19 +171,16 @@ class Tuner:
         return self._idle >= self.config.idle_windows
 
     def _apply(self, config: TunerConfig) -> None:
-        def learning(c: TunerConfig) -> tuple[object, ...]:
-            return c.policy, c.objective, c.slo, c.window_s
-
-        if learning(config) != learning(self.config):
-            self.policy = build_policy(config.policy)
+        before, reward = self.config, Reward.of(config.goals, self.role)
+        is_other = self.policy.learns_rewards and reward != Reward.of(before.goals, self.role)
+        if is_other or (config.policy, config.window_s) != (before.policy, before.window_s):
+            self.policy = build_policy(config.policy, config.goals)
             self._priors.clear()
+        self.policy.pursue(config.goals)
         self.control.restart()
         self._arms = config.arms(self.gpu.arms, self.gpu.actuator)
         self._stale_after_s = config.stale_limit_s(self.clock.speed)
-        self.reward = Reward(
-            DELAY_EXPONENTS[config.objective], config.slo.ttft_s, config.slo.tpot_s, self.role
-        )
-        self.config = config
+        self.reward, self.config = reward, config
 
     # -- the loop ------------------------------------------------------------------------------
 

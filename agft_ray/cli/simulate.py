@@ -79,7 +79,9 @@ def _values_of(field: str) -> Iterable[str]:
     """What a scenario takes as the value of this field."""
     from agft_ray.study.scenario import Scenario
 
-    return get_args(Scenario.model_fields[field].annotation)
+    annotation = Scenario.model_fields[field].annotation
+    named = [each for each in get_args(annotation) if get_args(each)]
+    return get_args(named[0] if named else annotation)
 
 
 def add_command(commands: Commands, *, ray_pool: MakeRayPool) -> None:
@@ -107,6 +109,7 @@ def add_command(commands: Commands, *, ray_pool: MakeRayPool) -> None:
     add_workload_options(simulate, several_seeds=True)
     simulate.add_argument("--duration", type=float, metavar="S", help="simulated seconds")
     _add_fleet_options(simulate)
+    _add_goal_options(simulate)
     _add_search_options(simulate)
     add_uncertainty_options(simulate)
     _add_output_options(simulate)
@@ -123,20 +126,37 @@ def _add_fleet_options(parser: argparse.ArgumentParser) -> None:
         help="how requests find a replica: %(choices)s; default: %(default)s",
     )
     parser.add_argument("--engine", metavar="K=V,...", help="as in max_num_seqs=64")
-    parser.add_argument("--slo-ttft", type=float, metavar="S", help="bound on each request's TTFT")
-    parser.add_argument("--slo-tpot", type=float, metavar="S", help="bound on each request's TPOT")
     parser.add_argument(
         "--window", type=float, default=2.0, metavar="S", help="a tuner's window, default: 2"
     )
     parser.add_argument(
+        "--no-sharing", action="store_true", help="replicas do not share what they learn"
+    )
+
+
+def _add_goal_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--objective",
-        default="edp",
         choices=Names(lambda: _values_of("objective")),
         metavar="NAME",
-        help="what a tuner lowers: %(choices)s; default: %(default)s",
+        help="what a tuner lowers: %(choices)s; default: the policy's own",
     )
     parser.add_argument(
-        "--no-sharing", action="store_true", help="replicas do not share what they learn"
+        "--bound",
+        type=float,
+        default=0.10,
+        metavar="SHARE",
+        help="how much longer latencies may be than at default clocks, default: 0.1",
+    )
+    for name in ("ttft", "tpot", "e2e"):
+        parser.add_argument(
+            f"--slo-{name}", type=float, metavar="S", help=f"bound on {name.upper()} instead"
+        )
+    parser.add_argument(
+        "--slo-statistic",
+        choices=["mean", "p99"],
+        default="mean",
+        help="what of them policies and oracle_pair keep within those, default: mean",
     )
 
 
@@ -196,7 +216,13 @@ def scenario_of(arguments: argparse.Namespace) -> Scenario:
         "replicas": arguments.replicas,
         "router": arguments.router,
         "engine": engine,
-        "slo": {"ttft_s": arguments.slo_ttft, "tpot_s": arguments.slo_tpot},
+        "slo": {
+            "ttft_s": arguments.slo_ttft,
+            "tpot_s": arguments.slo_tpot,
+            "e2e_s": arguments.slo_e2e,
+            "statistic": arguments.slo_statistic,
+        },
+        "bound": arguments.bound,
         "window_s": arguments.window,
         "objective": arguments.objective,
         "share_experience": not arguments.no_sharing,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from agft_ray.policy.experience import Experience, Prior
+from agft_ray.policy.goals import Goals
 from agft_ray.types import Context, Decision, Outcome
 
 
@@ -43,6 +44,17 @@ class Policy(Protocol):
         """The choice while the engine is empty: by default the lowest clock. Pure."""
         return Decision(min(arms, default=None), "idle")
 
+    def pursue(self, goals: Goals) -> None:
+        """Choose by these goals from now on; called before anything else, and whenever they change.
+        They are no part of a snapshot. By default they are passed over."""
+        return
+
+    @property
+    def learns_rewards(self) -> bool:
+        """Whether what was learned holds for one meaning of the rewards only: then the policy is
+        built anew when objective or SLOs change. By default it is."""
+        return True
+
     def experience(self) -> Experience | None:
         """All that was learned from this replica's own windows; None, the default, if the policy
         learns nothing that others could use. Cumulative, so that handing it over twice is harmless.
@@ -52,6 +64,7 @@ class Policy(Protocol):
     def merge(self, prior: Prior) -> None:
         """Take the experience of others as the prior, in place of the one before. By default it is
         passed over."""
+        return
 
     def snapshot(self) -> dict[str, Any]:
         """The whole state as JSON-able values; `restore` on a policy with the same settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from agft_ray.policy.goals import DELAY_EXPONENTS, Goals, Objective
 from agft_ray.types import Window
 
 REWARD_SCHEMA = 1
@@ -16,7 +17,8 @@ REFERENCE_PROMPT_TOKENS = 512
 SLO_PENALTY = 2.0
 """How much more a per cent beyond an SLO costs than a per cent of delay under EDP."""
 
-DELAY_EXPONENTS = {"energy": 0.0, "edp": 1.0, "ed2p": 2.0}
+OBJECTIVE: Objective = "edp"
+"""What windows are judged by where no objective is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,17 @@ class Reward:
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
     role: str = "mixed"
+
+    @classmethod
+    def of(cls, goals: Goals, role: str = "mixed") -> Reward:
+        """What judges windows by these goals."""
+        exponent = DELAY_EXPONENTS[goals.objective or OBJECTIVE]
+        return cls(exponent, goals.ttft_s, goals.tpot_s, role)
+
+    @property
+    def meaning(self) -> str:
+        """What must agree before rewards may be compared."""
+        return f"m={self.delay_exponent:g} ttft<={self.slo_ttft_s} tpot<={self.slo_tpot_s}"
 
     def __call__(self, window: Window) -> float | None:
         """The window's reward; None if it has no energy or no token to tell the delay by."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from agft_ray.config import Count, Positive, StrictModel, parse
 from agft_ray.errors import ConfigError
+from agft_ray.policy.goals import Objective
 from agft_ray.policy.reference.policy import REFERENCE_WINDOW_S, AgftReferenceConfig
 from agft_ray.results.distribution import Slo
 from agft_ray.settings import SloConfig, TunerConfig
@@ -50,7 +51,11 @@ class Scenario(StrictModel):
     window_s: float = Field(default=2.0, ge=0.5)
     """Length of a tuner's window (of `agft_reference` always its own, 0.8 s), and of the windows
     that are reported."""
-    objective: Literal["energy", "edp", "ed2p"] = "edp"
+    objective: Objective | None = None
+    """What policies are told to lower; None: each its own."""
+    bound: Annotated[float, Field(gt=0, le=1)] = 0.10
+    """How much longer latencies may be than at default clocks where no SLO bounds them, as a
+    share; policies are told, and best clocks in hindsight keep it."""
     share_experience: bool = True
     """Replicas exchange what they learned."""
     profile_values: dict[str, float] = Field(default_factory=dict)
@@ -79,8 +84,8 @@ class Scenario(StrictModel):
     @property
     def request_slo(self) -> Slo | None:
         """The bounds on each request, None if there are none."""
-        bounds_s = (self.slo.ttft_s, self.slo.tpot_s)
-        return None if bounds_s == (None, None) else Slo(*bounds_s)
+        bounds_s = (self.slo.ttft_s, self.slo.tpot_s, self.slo.e2e_s)
+        return None if bounds_s == (None, None, None) else Slo(*bounds_s)
 
     def profile(self) -> GpuProfile:
         """The GPU, with the replaced numbers; raises `ConfigError` for what is invalid."""
@@ -92,6 +97,7 @@ class Scenario(StrictModel):
         values = {
             "policy": policy,
             "objective": self.objective,
+            "bound": self.bound,
             "slo": self.slo,
             "window_s": REFERENCE_WINDOW_S if is_reference else self.window_s,
             "share_experience": self.share_experience,

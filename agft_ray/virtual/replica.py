@@ -163,7 +163,7 @@ class VirtualReplica:
         self._device = Device(
             setup.gpu, model, seed=setup.stream(index), noise=setup.noise, done=self._done
         )
-        self._best = BestClocks(setup.gpu, model, setup.tuner.slo)
+        self._best = BestClocks(setup.gpu, model, setup.tuner.slo, setup.tuner.bound)
         core = BatchingEngine(
             setup.engine.for_model(model), functools.partial(prefill_attention_s, model)
         )
@@ -200,7 +200,7 @@ class VirtualReplica:
 
     def _new_tuner(self) -> Tuner:
         config = _reseeded(self._setup.tuner, self._setup.stream(self.index))
-        policy = build_policy(config.policy)
+        policy = build_policy(config.policy, config.goals)
         # Each reading cuts a series of decode steps. A policy that learns nothing needs none
         # within the window: they place its energy, and average its clock and queue.
         readings = 1 if isinstance(policy, StaticPolicy) else READINGS_PER_WINDOW

@@ -12,6 +12,7 @@ from agft_ray.errors import (
     LeaseHeldError,
     LeaseLostError,
 )
+from agft_ray.policy.goals import Goals
 from agft_ray.settings import TunerConfig
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
@@ -79,9 +80,11 @@ class ScriptedPolicy:
     """Plays the given arms in turn and remembers what it was told."""
 
     name = "scripted"
+    learns_rewards = True
 
     def __init__(self, *arms):
         self.arms = list(arms) or [1230]
+        self.goals = []
         self.outcomes = []
         self.prior = None
         self.error = None
@@ -96,6 +99,9 @@ class ScriptedPolicy:
 
     def update(self, outcome):
         self.outcomes.append(outcome)
+
+    def pursue(self, goals):
+        self.goals.append(goals)
 
     def merge(self, prior):
         self.prior = prior
@@ -731,6 +737,26 @@ def test_another_objective_or_slo_starts_learning_afresh():
     bench.tuner.reconfigure(TunerConfig(slo={"tpot_s": 0.1}))
     bench.run(4.0)
     assert bench.tuner.policy is not bench.policy
+
+
+def test_goals_reach_the_policy_when_they_change_and_what_is_no_reward_is_kept():
+    bench = Bench(1230)
+    bench.run(6.0)
+    changed = TunerConfig(bound=0.05, slo={"e2e_s": 9.0, "statistic": "p99"})
+    bench.tuner.reconfigure(changed)
+    bench.run(4.0)
+    assert bench.tuner.policy is bench.policy
+    assert bench.policy.goals == [Goals(), Goals(bound=0.05, e2e_s=9.0, statistic="p99")]
+
+
+def test_a_policy_that_learns_no_rewards_survives_another_objective():
+    bench = Bench(1230)
+    bench.policy.learns_rewards = False
+    bench.run(6.0)
+    assert bench.tuner.learned_under == ""
+    bench.tuner.reconfigure(TunerConfig(objective="ed2p", slo={"tpot_s": 0.1}))
+    bench.run(4.0)
+    assert bench.tuner.policy is bench.policy
 
 
 def test_a_prior_reaches_the_policy_on_the_loops_own_thread():

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from agft_ray.policy.experience import Experience, Prior
+from agft_ray.policy.base import Policy
+from agft_ray.policy.goals import Goals
 from agft_ray.policy.phases import load as loads
 from agft_ray.policy.phases import power, step_time
 from agft_ray.policy.phases.choice import Choice, Models, choose, idle_kind
@@ -65,7 +66,7 @@ class _State(BaseModel):
     windows: int = 0
 
 
-class PhasesPolicy:
+class PhasesPolicy(Policy):
     """Learns step times and power by phase, predicts, and takes the cheapest plan within bounds.
 
     What the models are: `step_time`, `power`, `latency`; how a plan is chosen, and why walking
@@ -75,14 +76,20 @@ class PhasesPolicy:
     """
 
     name = "phases"
+    learns_rewards = False
 
     def __init__(self, config: PhasesConfig) -> None:
         self._config = config
+        self._goals = Goals()
         self._prefill, self._decode = WorkSums(), WorkSums()
         self._power = PowerSums()
         self._state = _State()
         self._pressure = Pressure()
         self._cached: tuple[Any, Models] | None = None
+
+    def pursue(self, goals: Goals) -> None:
+        """See `Policy.pursue`: what was learned is physics, and stays."""
+        self._goals = goals
 
     # -- choosing ------------------------------------------------------------------------------
 
@@ -116,7 +123,8 @@ class PhasesPolicy:
         return Decision.of(replace(plan, idle=idle), "idle")
 
     def _choose(self, arms: Sequence[int], may: tuple[bool, bool]) -> Choice | None:
-        return choose(self._config, self._models(max(arms)), arms, Plan(*self._state.held), may)
+        models, now = self._models(max(arms)), Plan(*self._state.held)
+        return choose(self._config, self._goals, models, arms, now, may)
 
     def _probe_is_due(self, arms: Sequence[int]) -> bool:
         share, state = self._config.probe_share, self._state
@@ -240,13 +248,6 @@ class PhasesPolicy:
         self._state.relearned += 1
 
     # -- sharing, keeping, telling -------------------------------------------------------------
-
-    def experience(self) -> Experience | None:
-        """Nothing yet: the sums could be added over replicas, but not in today's form."""
-        return None
-
-    def merge(self, prior: Prior) -> None:
-        """Nothing of others is of use yet."""
 
     def snapshot(self) -> dict[str, Any]:
         """The whole state; see `Policy.snapshot`."""

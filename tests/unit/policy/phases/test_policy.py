@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from agft_ray.policy.baselines.default import DefaultConfig
+from agft_ray.policy.goals import Goals
 from agft_ray.policy.phases.config import PhasesConfig
 from agft_ray.policy.phases.policy import PhasesPolicy
 from agft_ray.study.policy_specs import PolicySpec
@@ -100,9 +101,55 @@ def test_steps_that_become_slower_for_good_are_learned_anew():
 
 
 def test_a_bound_on_tpot_takes_the_place_of_the_relative_one():
-    policy = PhasesPolicy(PhasesConfig(tpot_slo_s=0.035, e2e_slo_s=60.0))
+    policy = PhasesPolicy(PhasesConfig())
+    policy.pursue(Goals(tpot_s=0.035, e2e_s=60.0))
     clocks = [each.chosen.decode for each in walked(policy, 120, np.random.default_rng(0))]
     assert clocks[-1] < 1050
+
+
+def walked_with(goals, windows=160):
+    policy = PhasesPolicy(PhasesConfig())
+    policy.pursue(goals)
+    walked(policy, windows, np.random.default_rng(0))
+    return policy
+
+
+@pytest.mark.parametrize("goals", [Goals(bound=0.05), Goals(bound=0.10, energy_weight=0.5)])
+def test_half_the_bound_is_kept_by_what_is_predicted(goals):
+    policy = walked_with(goals)
+    choice = policy._choose(ARMS, (True, True))
+    assert max(choice.ttft, choice.tpot, choice.e2e) <= 1.05
+    assert max(choice.tpot, choice.e2e) > 1.03, "what is allowed is used"
+
+
+def test_other_goals_change_the_choice_at_once_and_nothing_that_was_learned():
+    policy = walked_with(Goals())
+    before, plan = policy.snapshot(), policy.select(CONTEXT, ARMS).chosen
+    policy.pursue(Goals(bound=0.03))
+    assert policy.snapshot() == before
+    assert policy.select(CONTEXT, ARMS).chosen.decode > plan.decode
+    policy.pursue(Goals())
+    assert policy.select(CONTEXT, ARMS).chosen == plan
+    restored = PhasesPolicy(PhasesConfig())
+    restored.pursue(Goals(bound=0.03))
+    restored.restore(before)
+    assert restored.select(CONTEXT, ARMS).chosen.decode > plan.decode
+
+
+def test_edp_takes_less_latency_for_energy_and_less_still_while_energy_is_cheap():
+    edp, cheap, dear = (
+        walked_with(Goals("edp", bound=0.5, energy_weight=weight), 300) for weight in (1, 0.5, 2)
+    )
+    clocks = [each.select(CONTEXT, ARMS).chosen.decode for each in (cheap, edp, dear)]
+    assert clocks[0] >= clocks[1] > clocks[2]
+    assert walked_with(Goals(bound=0.5), 300).select(CONTEXT, ARMS).chosen.decode < clocks[1]
+
+
+def test_weightless_energy_is_worth_no_latency():
+    policy = walked_with(Goals())
+    policy.pursue(Goals(energy_weight=0.0))
+    plan = policy.select(CONTEXT, ARMS).chosen
+    assert plan.decode is None or plan.decode >= 1200
 
 
 def test_a_decision_takes_less_than_2_ms():
