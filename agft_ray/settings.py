@@ -12,6 +12,7 @@ from agft_ray.policy.agft.config import AgftConfig
 from agft_ray.policy.baselines.fixed import FixedConfig
 from agft_ray.policy.goals import Goals, Objective, Statistic
 from agft_ray.policy.registry import PolicyConfig
+from agft_ray.telemetry.energy_weight import EnergyWeightConfig
 from agft_ray.types import Actuator
 
 MIN_PUSH_INTERVAL_S, MAX_PUSH_INTERVAL_S = 0.1, 0.25
@@ -62,6 +63,8 @@ class TunerConfig(StrictModel):
     slo: SloConfig = Field(default_factory=SloConfig)
     """Bounds in seconds, each in the place of its relative one; beyond them a window is penalised,
     and a lasting violation resets clocks."""
+    energy_weight: EnergyWeightConfig | None = None
+    """What energy counts for over time; None: always 1. For policies that can tell."""
     window_s: float = Field(default=2.0, ge=0.5)
     """Length of one observation window."""
     settle_s: NonNegative = 0.2

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agft_ray.clock import Clock
 from agft_ray.clock_control import ClockControl
@@ -19,6 +19,7 @@ from agft_ray.policy.experience import Prior
 from agft_ray.policy.registry import build_policy
 from agft_ray.policy.reward import Reward
 from agft_ray.settings import TunerConfig
+from agft_ray.telemetry.energy_weight import USUAL, Weigh
 from agft_ray.telemetry.features import extract
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
@@ -88,6 +89,7 @@ class Tuner:
         clock: Clock,
         role: str = "mixed",
         policy: Policy | None = None,
+        weigh: Weigh = lambda config: USUAL,
         readings_per_window: int = READINGS_PER_WINDOW,
         on_record: Callable[[WindowRecord], None] = lambda record: None,
     ) -> None:
@@ -95,7 +97,7 @@ class Tuner:
         self.gpu, self.engine, self.serve, self.clock = gpu, engine, serve, clock
         self.role = role
         """What the engine does: 'mixed', 'prefill' or 'decode'."""
-        self.policy = policy or build_policy(config.policy, config.goals)
+        self.policy = policy or build_policy(config.policy)
         self.holdout = False
         """Keep default clocks whatever the policy says, as the baseline of others."""
         self.is_cut_off = False
@@ -104,11 +106,13 @@ class Tuner:
         self.state = TunerState.STARTING
         self.fault = ""
         """The last fault, until a step has gone well."""
+        self.energy_weight = USUAL
+        """What energy counts for, as of the last step."""
         self.reading: GpuSample | None = None
         """The newest reading of the GPU."""
         self.control = ClockControl(gpu, clock)
         self._readings_per_window = readings_per_window
-        self._on_record = on_record
+        self._on_record, self._weigh = on_record, weigh
         # Handed over between threads: a deque's append and pop are atomic.
         self._pending: deque[TunerConfig] = deque(maxlen=1)
         self._priors: deque[Prior] = deque(maxlen=1)
@@ -145,11 +149,6 @@ class Tuner:
         return Mode(self.config.mode)
 
     @property
-    def learned_under(self) -> str:
-        """What the policy's rewards mean, "" where it learns nothing from them."""
-        return self.reward.meaning if self.policy.learns_rewards else ""
-
-    @property
     def arms(self) -> tuple[int, ...]:
         """What the policy may choose: supported, within the bounds, and kept by the GPU."""
         dropped = self.control.dropped
@@ -174,9 +173,8 @@ class Tuner:
         before, reward = self.config, Reward.of(config.goals, self.role)
         is_other = self.policy.learns_rewards and reward != Reward.of(before.goals, self.role)
         if is_other or (config.policy, config.window_s) != (before.policy, before.window_s):
-            self.policy = build_policy(config.policy, config.goals)
+            self.policy = build_policy(config.policy)
             self._priors.clear()
-        self.policy.pursue(config.goals)
         self.control.restart()
         self._arms = config.arms(self.gpu.arms, self.gpu.actuator)
         self._stale_after_s = config.stale_limit_s(self.clock.speed)
@@ -286,6 +284,8 @@ class Tuner:
 
     def _decide(self, window: Window | None, note: str) -> Decision:
         """The next arm. Default clocks wherever the loop cannot know or must not interfere."""
+        self.energy_weight = self._weigh(self.config.energy_weight)
+        self.policy.pursue(replace(self.config.goals, energy_weight=self.energy_weight.value))
         was_waiting = self.waits_for_work
         throttled = window is not None and bool(window.event_reasons & THROTTLED)
         self._count(window, throttled, note)

@@ -158,7 +158,7 @@ class FrequencyTuner:
         learned = None if self._memory is None else self._memory.load(self._key_of(tuner))
         if learned is None:
             return
-        policy = build_policy(tuner.config.policy, tuner.config.goals)
+        policy = build_policy(tuner.config.policy)
         try:
             policy.restore(learned.policy)
         except Exception as error:  # a policy that cannot read it begins anew
@@ -196,8 +196,8 @@ class FrequencyTuner:
             tuner.offer_prior(prior)
 
     def _key_of(self, tuner: Tuner) -> PriorKey:
-        gpu = tuner.gpu
-        return self._prior_key(gpu.model, gpu.actuator.value, tuner.learned_under, tuner.config)
+        gpu, meaning = tuner.gpu, tuner.reward.learned_by(tuner.policy)
+        return self._prior_key(gpu.model, gpu.actuator.value, meaning, tuner.config)
 
     def _prior_key(
         self, gpu_model: str, actuator: str, objective: str, config: TunerConfig

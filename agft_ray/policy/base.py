@@ -45,7 +45,7 @@ class Policy(Protocol):
         return Decision(min(arms, default=None), "idle")
 
     def pursue(self, goals: Goals) -> None:
-        """Choose by these goals from now on; called before anything else, and whenever they change.
+        """Choose by these goals from now on; called before every choice, mostly with the same ones.
         They are no part of a snapshot. By default they are passed over."""
         return
 

@@ -16,7 +16,6 @@ from agft_ray.policy.baselines.pid import PidConfig, PidPolicy
 from agft_ray.policy.baselines.predictive import PredictiveConfig, PredictivePolicy
 from agft_ray.policy.baselines.rules import RulesConfig, RulesPolicy
 from agft_ray.policy.baselines.volta import VoltaConfig, VoltaGovernor
-from agft_ray.policy.goals import Goals
 from agft_ray.policy.imported import ImportedConfig, is_imported
 from agft_ray.policy.phases.config import PhasesConfig
 from agft_ray.policy.phases.policy import PhasesPolicy
@@ -46,17 +45,10 @@ PolicyConfig = Annotated[
 
 GovernorConfig = VoltaConfig
 """Settings of any step governor: there is one."""
-USUAL = Goals()
 
 
-def build_policy(config: PolicyConfig, goals: Goals = USUAL) -> Policy:
-    """A fresh policy with these settings, which pursues these goals."""
-    policy = _built(config)
-    policy.pursue(goals)
-    return policy
-
-
-def _built(config: PolicyConfig) -> Policy:
+def build_policy(config: PolicyConfig) -> Policy:
+    """A fresh policy with these settings."""
     match config:
         case DefaultConfig():
             return DefaultPolicy(config)

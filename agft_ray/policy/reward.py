@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from agft_ray.policy.base import Policy
 from agft_ray.policy.goals import DELAY_EXPONENTS, Goals, Objective
 from agft_ray.types import Window
 
@@ -51,9 +52,11 @@ class Reward:
         exponent = DELAY_EXPONENTS[goals.objective or OBJECTIVE]
         return cls(exponent, goals.ttft_s, goals.tpot_s, role)
 
-    @property
-    def meaning(self) -> str:
-        """What must agree before rewards may be compared."""
+    def learned_by(self, policy: Policy) -> str:
+        """What must agree before this policy's experience may be added: what rewards mean, or
+        nothing where it learns nothing from them."""
+        if not policy.learns_rewards:
+            return ""
         return f"m={self.delay_exponent:g} ttft<={self.slo_ttft_s} tpot<={self.slo_tpot_s}"
 
     def __call__(self, window: Window) -> float | None:

@@ -15,6 +15,7 @@ from agft_ray.results.distribution import Slo
 from agft_ray.settings import SloConfig, TunerConfig
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import GpuProfile, load_gpu_profile
+from agft_ray.telemetry.energy_weight import EnergyWeightConfig, read_series
 from agft_ray.virtual.routers import RouterName
 from agft_ray.workloads.generators import generate, thin, until, workload_name
 from agft_ray.workloads.requests import Request
@@ -56,6 +57,8 @@ class Scenario(StrictModel):
     bound: Annotated[float, Field(gt=0, le=1)] = 0.10
     """How much longer latencies may be than at default clocks where no SLO bounds them, as a
     share; policies are told, and best clocks in hindsight keep it."""
+    energy_weight: EnergyWeightConfig | None = None
+    """What energy counts for over time; the first row is of the run's start."""
     share_experience: bool = True
     """Replicas exchange what they learned."""
     profile_values: dict[str, float] = Field(default_factory=dict)
@@ -69,6 +72,18 @@ class Scenario(StrictModel):
     def _ends(self) -> Self:
         if self.trace is None and self.duration_s is None:
             raise ValueError("duration_s: required, a generated workload has no end; --duration S")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_be_read(self) -> Self:
+        if self.energy_weight is None:
+            return self
+        if "://" in (source := self.energy_weight.source):
+            raise ValueError(f"energy_weight: must be a file in virtual time, got {source!r}")
+        try:
+            read_series(self.energy_weight)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"energy_weight: {source}: {error}") from None
         return self
 
     @property
@@ -98,6 +113,7 @@ class Scenario(StrictModel):
             "policy": policy,
             "objective": self.objective,
             "bound": self.bound,
+            "energy_weight": self.energy_weight,
             "slo": self.slo,
             "window_s": REFERENCE_WINDOW_S if is_reference else self.window_s,
             "share_experience": self.share_experience,

@@ -746,14 +746,15 @@ def test_goals_reach_the_policy_when_they_change_and_what_is_no_reward_is_kept()
     bench.tuner.reconfigure(changed)
     bench.run(4.0)
     assert bench.tuner.policy is bench.policy
-    assert bench.policy.goals == [Goals(), Goals(bound=0.05, e2e_s=9.0, statistic="p99")]
+    told = list(dict.fromkeys(bench.policy.goals))
+    assert told == [Goals(), Goals(bound=0.05, e2e_s=9.0, statistic="p99")]
 
 
 def test_a_policy_that_learns_no_rewards_survives_another_objective():
     bench = Bench(1230)
     bench.policy.learns_rewards = False
     bench.run(6.0)
-    assert bench.tuner.learned_under == ""
+    assert bench.tuner.reward.learned_by(bench.policy) == ""
     bench.tuner.reconfigure(TunerConfig(objective="ed2p", slo={"tpot_s": 0.1}))
     bench.run(4.0)
     assert bench.tuner.policy is bench.policy

@@ -24,6 +24,7 @@ from agft_ray.policy.phases.latency import LatencyModel, Ratios, Slowdowns
 from agft_ray.policy.phases.load import Load
 from agft_ray.policy.phases.power import IDLE_DEFAULT, IDLE_LAST, IDLE_LOWEST, Powers
 from agft_ray.policy.phases.step_time import StepTimes
+from agft_ray.policy.phases.tails import Tails
 from agft_ray.types import Arm, Plan
 
 OFFSETS = np.array([0, 1, 2, 3, 4, 6, 8, 11, 15, 20])
@@ -48,6 +49,7 @@ class Models:
     decode: StepTimes
     powers: Powers
     load: Load
+    tails: Tails
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def choose(
     explores = (grid.prefill < models.prefill.lowest_mhz) | (grid.decode < models.decode.lowest_mhz)
     # What is not measured is predicted at its worst: there the margin is not needed.
     margin = np.where(explores, 0.0, config.margin)
-    fits = _within(goals, models.load, latency, ratios, margin)
+    fits = _within(goals, models, latency.seen, ratios, margin)
     costs = np.where(explores, costs * (1.0 - CURIOSITY), costs)
     if not fits.any():
         return None
@@ -191,20 +193,26 @@ def allowed_increase(goals: Goals) -> float:
 
 
 def _within(
-    goals: Goals, load: Load, latency: LatencyModel, ratios: Ratios, margin: np.ndarray
+    goals: Goals, models: Models, seen: Ratios, ratios: Ratios, margin: np.ndarray
 ) -> np.ndarray:
-    seen = latency.seen
     fits = np.ones(ratios.tpot.shape, dtype=bool)
-    for ratio, now, latest_s, slo_s, margins in (
-        (ratios.ttft, seen.ttft, load.ttft_s, goals.ttft_s, TTFT_MARGINS),
-        (ratios.tpot, seen.tpot, load.tpot_s, goals.tpot_s, 1.0),
-        (ratios.e2e, seen.e2e, load.e2e_s, goals.e2e_s, 1.0),
+    for name, slo_s, margins in (
+        ("ttft", goals.ttft_s, TTFT_MARGINS),
+        ("tpot", goals.tpot_s, 1.0),
+        ("e2e", goals.e2e_s, 1.0),
     ):
         limit = np.maximum(1.0, 1.0 + allowed_increase(goals) - margins * margin)
-        if slo_s is not None and latest_s > 0:
-            limit = np.maximum(1.0, slo_s / (latest_s / float(now[0])) - margins * margin)
-        fits &= ratio <= limit
+        if slo_s is not None and (default_s := _default_s(goals, models, seen, name)):
+            limit = np.maximum(1.0, slo_s / default_s - margins * margin)
+        fits &= getattr(ratios, name) <= limit
     return fits
+
+
+def _default_s(goals: Goals, models: Models, seen: Ratios, name: str) -> float | None:
+    """What of a latency is bounded, as it would be at default clocks; None if not known yet."""
+    if goals.statistic == "p99":
+        return models.tails.p99_s(name)
+    return float(getattr(models.load, f"{name}_s") / getattr(seen, name)[0]) or None
 
 
 def _index(grid: _Grid, plan: Plan, top: int, lowest: int) -> int | None:

@@ -16,14 +16,15 @@ from agft_ray.policy.phases import load as loads
 from agft_ray.policy.phases import power, step_time
 from agft_ray.policy.phases.choice import Choice, Models, choose, idle_kind
 from agft_ray.policy.phases.config import PhasesConfig
-from agft_ray.policy.phases.latency import left_of_switch_s
+from agft_ray.policy.phases.latency import LatencyModel, left_of_switch_s
 from agft_ray.policy.phases.power import PowerSums
 from agft_ray.policy.phases.pressure import Pressure
+from agft_ray.policy.phases.tails import Tails
 from agft_ray.policy.phases.work import WorkSums, decode_work, key_of, prefill_work
 from agft_ray.policy.statistics import is_evidence
 from agft_ray.types import Arm, Context, Decision, Outcome, Plan, Window
 
-SNAPSHOT_SCHEMA = 1
+SNAPSHOT_SCHEMA = 2
 MIN_DECODE_STEPS, MIN_PREFILL_STEPS = 12.0, 3.0
 """Steps at a clock from which on it counts as measured: none lower is tried before."""
 DRIFT_GAIN = 0.05
@@ -83,6 +84,7 @@ class PhasesPolicy(Policy):
         self._goals = Goals()
         self._prefill, self._decode = WorkSums(), WorkSums()
         self._power = PowerSums()
+        self._tails = Tails()
         self._state = _State()
         self._pressure = Pressure()
         self._cached: tuple[Any, Models] | None = None
@@ -144,7 +146,7 @@ class PhasesPolicy(Policy):
             load = loads.load_of(self._state.load, prefill, decode)
             lowest = prefill.lowest_mhz, decode.lowest_mhz
             powers = power.fit(self._power, top_mhz, math.log1p(load.others), lowest)
-            self._cached = key, Models(prefill, decode, powers, load)
+            self._cached = key, Models(prefill, decode, powers, load, self._tails)
         return self._cached[1]
 
     # -- learning ------------------------------------------------------------------------------
@@ -163,6 +165,7 @@ class PhasesPolicy(Policy):
         self._power.scale(config.forgetting)
         self._learn_steps(window, plan)
         self._learn_power(window, plan)
+        self._learn_tails(window)
         totals = loads.totals_of(window)
         running = loads.averaged(np.array(state.load), totals, window.duration_s, config.memory_s)
         state.load = running.tolist()
@@ -219,6 +222,11 @@ class PhasesPolicy(Policy):
         x = power.exposure(shares, (plan.prefill, plan.decode), idle_kind(plan, None), batch)
         self._power.add(x, window.mean_power_w, shares[2] * duration_s)
 
+    def _learn_tails(self, window: Window) -> None:
+        if self._cached is not None:
+            seen = LatencyModel(self._cached[1].load, self._config.switch_s).seen
+            self._tails.add(window, seen, self._config.memory_s)
+
     def _notice_drift(self, window: Window, plan: Plan) -> None:
         """Compare step times at clocks already measured with what the models say."""
         if self._cached is None or not all(self._state.ready):
@@ -259,6 +267,7 @@ class PhasesPolicy(Policy):
             "prefill": self._prefill.snapshot(),
             "decode": self._decode.snapshot(),
             "power": self._power.snapshot(),
+            "tails": self._tails.snapshot(),
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -274,10 +283,11 @@ class PhasesPolicy(Policy):
             pressure = Pressure.model_validate(snapshot["pressure"])
             prefill, decode = (WorkSums.restored(snapshot[name]) for name in ("prefill", "decode"))
             powers = PowerSums.restored(snapshot["power"])
+            tails = Tails.restored(snapshot["tails"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"snapshot of phases is malformed: {error!r}") from None
         self._state, self._pressure, self._power = state, pressure, powers
-        self._prefill, self._decode = prefill, decode
+        self._prefill, self._decode, self._tails = prefill, decode, tails
         self._cached = None
 
     def status(self) -> dict[str, Any]:

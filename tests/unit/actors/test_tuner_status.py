@@ -13,6 +13,7 @@ from agft_ray.actors.tuner_status import (
     with_tuner,
 )
 from agft_ray.replay.result import ReplicaStatus
+from agft_ray.telemetry.energy_weight import EnergyWeight
 from agft_ray.telemetry.status import TunerState, TunerStatus
 from agft_ray.types import Actuator, Mode, Plan, ServeWindow
 
@@ -66,6 +67,7 @@ def test_of_the_loop():
         mode=Mode.OBSERVE,
         policy=SimpleNamespace(name="agft"),
         gpu=gpu(),
+        energy_weight=EnergyWeight(1.0, "away"),
     )
     status = with_tuner(STARTING, tuner, None).as_dict()
     assert type(status["state"]) is str
@@ -79,6 +81,8 @@ def test_of_the_loop():
         "phase_changes",
         "plan",
         "reset_due",
+        "energy_weight",
+        "energy_weight_problem",
         "last_reward",
         "last_decision",
         "last_note",

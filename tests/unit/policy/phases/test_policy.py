@@ -13,6 +13,7 @@ from agft_ray.policy.phases.policy import PhasesPolicy
 from agft_ray.study.policy_specs import PolicySpec
 from agft_ray.study.run import fleet_setup
 from agft_ray.study.scenario import Scenario
+from agft_ray.telemetry.counters import EngineStats
 from agft_ray.testing import ARMS, WINDOW, context
 from agft_ray.types import Outcome, Plan, StepTotals
 from agft_ray.virtual.run import run_fleet
@@ -143,6 +144,32 @@ def test_edp_takes_less_latency_for_energy_and_less_still_while_energy_is_cheap(
     clocks = [each.select(CONTEXT, ARMS).chosen.decode for each in (cheap, edp, dear)]
     assert clocks[0] >= clocks[1] > clocks[2]
     assert walked_with(Goals(bound=0.5), 300).select(CONTEXT, ARMS).chosen.decode < clocks[1]
+
+
+def finished(tpot_s):
+    """A window's counts of requests with these TPOTs."""
+    stats = EngineStats()
+    for each in tpot_s:
+        stats.on_finish(e2e_s=1.0, tpot_s=each)
+    return {"tpot_histogram": stats.tpot_histogram}
+
+
+def test_a_bound_on_a_p99_is_kept_by_that_of_requests_and_not_by_their_mean():
+    tails, rng, policy = (
+        (0.03,) * 97 + (0.06,) * 3,
+        np.random.default_rng(0),
+        PhasesPolicy(PhasesConfig()),
+    )
+    policy.pursue(Goals(bound=0.3, tpot_s=0.069, statistic="p99"))
+    plan = policy.select(CONTEXT, ARMS).chosen
+    for _ in range(160):
+        slowdown = max(1.0, 1200 / (plan.decode or 2100))
+        counts = finished(slowdown * rng.choice(tails, 6))
+        plan = told(policy, window_at(plan, rng, **counts)).chosen
+    slowdown = 1200 / plan.decode
+    assert 1.05 < slowdown < 1.15, "0.069 / 0.06"
+    policy.pursue(Goals(bound=0.3, tpot_s=0.069))
+    assert 1200 / policy.select(CONTEXT, ARMS).chosen.decode > 1.15
 
 
 def test_weightless_energy_is_worth_no_latency():
