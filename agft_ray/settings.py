@@ -111,10 +111,10 @@ class TunerConfig(StrictModel):
             raise ValueError("; ".join(problems))
         return self
 
-    @property
-    def goals(self) -> Goals:
-        """What the policy is asked for."""
-        return Goals(self.objective, self.bound, **self.slo.model_dump())
+    def goals_at(self, energy_weight: float = 1.0) -> Goals:
+        """What the policy is asked for while energy counts for so much."""
+        slo = self.slo.model_dump()
+        return Goals(self.objective, self.bound, **slo, energy_weight=energy_weight)
 
     def push_interval_s(self, speed: float) -> float:
         """Wall time between pushes of the engine's statistics, at a clock that runs `speed` times

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from agft_ray.clock import Clock
 from agft_ray.clock_control import ClockControl
@@ -129,8 +129,8 @@ class Tuner:
         """Take new settings at the next step.
 
         What was learned stays, unless the policy's own settings or the length of a window changed,
-        or, of a policy that learns from rewards, what they mean (objective, SLOs). Raises
-        `ValueError`, and changes nothing, if no supported clock lies within the bounds.
+        or what a reward means (objective, SLOs) for a policy that does not keep goals by itself.
+        Raises `ValueError`, and changes nothing, if no supported clock lies within the bounds.
         """
         config.arms(self.gpu.arms, self.gpu.actuator)
         self._pending.append(config)
@@ -170,9 +170,10 @@ class Tuner:
         return self._idle >= self.config.idle_windows
 
     def _apply(self, config: TunerConfig) -> None:
-        before, reward = self.config, Reward.of(config.goals, self.role)
-        is_other = self.policy.learns_rewards and reward != Reward.of(before.goals, self.role)
-        if is_other or (config.policy, config.window_s) != (before.policy, before.window_s):
+        before, reward = self.config, Reward.of(config.goals_at(), self.role)
+        is_other = (config.policy, config.window_s) != (before.policy, before.window_s)
+        rewards_differ = reward != Reward.of(before.goals_at(), self.role)
+        if is_other or (rewards_differ and not self.policy.keeps_goals):
             self.policy = build_policy(config.policy)
             self._priors.clear()
         self.control.restart()
@@ -285,7 +286,7 @@ class Tuner:
     def _decide(self, window: Window | None, note: str) -> Decision:
         """The next arm. Default clocks wherever the loop cannot know or must not interfere."""
         self.energy_weight = self._weigh(self.config.energy_weight)
-        self.policy.pursue(replace(self.config.goals, energy_weight=self.energy_weight.value))
+        self.policy.pursue(self.config.goals_at(self.energy_weight.value))
         was_waiting = self.waits_for_work
         throttled = window is not None and bool(window.event_reasons & THROTTLED)
         self._count(window, throttled, note)
@@ -309,7 +310,7 @@ class Tuner:
     def _reason_to_rest(self, throttled: bool) -> TunerState | None:
         """Why default clocks are kept whatever the policy says: the first of these that holds."""
         cannot_know = self._blind >= self.config.stale_windows or self.is_cut_off
-        too_slow = self._beyond_slo >= self.config.slo_windows
+        too_slow = self._beyond_slo >= self.config.slo_windows and not self.policy.keeps_goals
         if cannot_know and throttled:
             self._cooldown = self.config.cooldown_windows
         elif not cannot_know and too_slow and not self.control.plan.is_default:

@@ -50,10 +50,11 @@ class Policy(Protocol):
         return
 
     @property
-    def learns_rewards(self) -> bool:
-        """Whether what was learned holds for one meaning of the rewards only: then the policy is
-        built anew when objective or SLOs change. By default it is."""
-        return True
+    def keeps_goals(self) -> bool:
+        """Whether it keeps SLOs by itself, and what it learned holds whatever the goals are. By
+        default it does not: the loop resets clocks where SLOs are missed, and builds it anew when
+        what rewards mean (objective, SLOs) has changed."""
+        return False
 
     def experience(self) -> Experience | None:
         """All that was learned from this replica's own windows; None, the default, if the policy

@@ -54,8 +54,8 @@ class Reward:
 
     def learned_by(self, policy: Policy) -> str:
         """What must agree before this policy's experience may be added: what rewards mean, or
-        nothing where it learns nothing from them."""
-        if not policy.learns_rewards:
+        nothing where it keeps goals by itself."""
+        if policy.keeps_goals:
             return ""
         return f"m={self.delay_exponent:g} ttft<={self.slo_ttft_s} tpot<={self.slo_tpot_s}"
 

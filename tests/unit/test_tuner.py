@@ -14,6 +14,7 @@ from agft_ray.errors import (
 )
 from agft_ray.policy.goals import Goals
 from agft_ray.settings import TunerConfig
+from agft_ray.telemetry.energy_weight import EnergyWeight
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import MAX_FAULTS, Tuner
@@ -80,7 +81,7 @@ class ScriptedPolicy:
     """Plays the given arms in turn and remembers what it was told."""
 
     name = "scripted"
-    learns_rewards = True
+    keeps_goals = False
 
     def __init__(self, *arms):
         self.arms = list(arms) or [1230]
@@ -750,9 +751,27 @@ def test_goals_reach_the_policy_when_they_change_and_what_is_no_reward_is_kept()
     assert told == [Goals(), Goals(bound=0.05, e2e_s=9.0, statistic="p99")]
 
 
-def test_a_policy_that_learns_no_rewards_survives_another_objective():
+def test_a_policy_that_keeps_goals_is_not_reset_beyond_an_slo():
+    bench = Bench(1230, slo={"tpot_s": 0.05}, slo_windows=2)
+    bench.policy.keeps_goals = True
+    bench.itl_s = 0.2
+    bench.run(30.0)
+    assert {record.decision.reason for record in bench.records[2:]} == {"scripted"}
+
+
+def test_the_weight_of_energy_reaches_the_policy_as_a_goal():
     bench = Bench(1230)
-    bench.policy.learns_rewards = False
+    weights = iter([0.5, 0.5, 2.0])
+    bench.tuner._weigh = lambda config: EnergyWeight(next(weights, 1.0), "late")
+    bench.run(20.0)
+    told = list(dict.fromkeys(goals.energy_weight for goals in bench.policy.goals))
+    assert told == [0.5, 2.0, 1.0]
+    assert bench.tuner.energy_weight.problem == "late"
+
+
+def test_a_policy_that_keeps_goals_survives_another_objective():
+    bench = Bench(1230)
+    bench.policy.keeps_goals = True
     bench.run(6.0)
     assert bench.tuner.reward.learned_by(bench.policy) == ""
     bench.tuner.reconfigure(TunerConfig(objective="ed2p", slo={"tpot_s": 0.1}))

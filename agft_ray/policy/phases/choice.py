@@ -20,7 +20,7 @@ import numpy as np
 
 from agft_ray.policy.goals import DELAY_EXPONENTS, Goals, Objective
 from agft_ray.policy.phases.config import PhasesConfig
-from agft_ray.policy.phases.latency import LatencyModel, Ratios, Slowdowns
+from agft_ray.policy.phases.latency import MAX_RATIO, LatencyModel, Ratios, Slowdowns
 from agft_ray.policy.phases.load import Load
 from agft_ray.policy.phases.power import IDLE_DEFAULT, IDLE_LAST, IDLE_LOWEST, Powers
 from agft_ray.policy.phases.step_time import StepTimes
@@ -35,6 +35,8 @@ LONG_STEP = 1.0
 
 OBJECTIVE: Objective = "energy"
 """Where none is asked for."""
+KNOWN_RATIO = 0.95 * MAX_RATIO
+"""Predictions end there: no plan is slower, whatever the bounds are."""
 CURIOSITY = 0.004
 """What a clock not measured yet is worth trying for, as a share."""
 TTFT_MARGINS = 4.0
@@ -204,7 +206,7 @@ def _within(
         limit = np.maximum(1.0, 1.0 + allowed_increase(goals) - margins * margin)
         if slo_s is not None and (default_s := _default_s(goals, models, seen, name)):
             limit = np.maximum(1.0, slo_s / default_s - margins * margin)
-        fits &= getattr(ratios, name) <= limit
+        fits &= getattr(ratios, name) <= np.minimum(limit, KNOWN_RATIO)
     return fits
 
 
@@ -212,7 +214,8 @@ def _default_s(goals: Goals, models: Models, seen: Ratios, name: str) -> float |
     """What of a latency is bounded, as it would be at default clocks; None if not known yet."""
     if goals.statistic == "p99":
         return models.tails.p99_s(name)
-    return float(getattr(models.load, f"{name}_s") / getattr(seen, name)[0]) or None
+    of_load_s = float(getattr(models.load, f"{name}_s") / getattr(seen, name)[0])
+    return max(models.tails.mean_s(name) or 0.0, of_load_s) or None
 
 
 def _index(grid: _Grid, plan: Plan, top: int, lowest: int) -> int | None:

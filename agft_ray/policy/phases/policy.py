@@ -77,7 +77,7 @@ class PhasesPolicy(Policy):
     """
 
     name = "phases"
-    learns_rewards = False
+    keeps_goals = True
 
     def __init__(self, config: PhasesConfig) -> None:
         self._config = config

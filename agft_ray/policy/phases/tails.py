@@ -1,10 +1,10 @@
-"""The slowest latencies: percentiles over the requests of late, as they would be at default clocks.
+"""Latencies of the requests of late, mean and p99, as they would be at default clocks.
 
 An engine counts TTFT, TPOT and E2E of each request in buckets on a logarithmic scale. A window's
 counts are moved down the scale by the ratio that its plan is predicted to have, and added to
-discounted ones, which so are of default clocks whatever was in force. The assumption: a latency's
-percentiles go as its mean. Where they grow faster, what is measured at slower clocks raises the
-percentile that is kept here, and the bound in seconds holds all the same.
+discounted ones, which so are of default clocks whatever was in force. The assumption: percentiles
+go as the mean, and the mean TPOT of requests as that of tokens. Where they grow faster, what is
+measured at slower clocks raises what is kept here, and the bound in seconds holds all the same.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from agft_ray.policy.phases.latency import Ratios
 from agft_ray.types import BUCKETS_PER_DECADE, LATENCY_BUCKETS, Window
 
 LATENCIES = ("ttft", "tpot", "e2e")
-MIN_REQUESTS = 100.0
-"""Requests, discounted, below which a p99 is not known."""
+MIN_MEAN, MIN_P99 = 20.0, 100.0
+"""Requests, discounted, below which a mean, or a p99, is not known."""
 MEMORY_REQUESTS = 400.0
 """So many are remembered, however long it takes until they have come."""
 _EDGES = np.arange(LATENCY_BUCKETS + 1)
+_MIDDLES_S = 1e-3 * 10 ** ((_EDGES[:-1] + 0.5) / BUCKETS_PER_DECADE)
 
 
 class Tails:
@@ -46,11 +47,17 @@ class Tails:
             self._counts[row] *= max(forgotten, 1.0 - new / MEMORY_REQUESTS)
             self._counts[row] += counts
 
+    def mean_s(self, name: str) -> float | None:
+        """The mean of a latency at default clocks; None while it is not known."""
+        counts = self._counts[LATENCIES.index(name)]
+        requests = counts.sum()
+        return float(counts @ _MIDDLES_S / requests) if requests >= MIN_MEAN else None
+
     def p99_s(self, name: str) -> float | None:
         """The 99th percentile of a latency at default clocks; None while it is not known."""
         counts = self._counts[LATENCIES.index(name)]
         below = counts.cumsum()
-        if below[-1] < MIN_REQUESTS:
+        if below[-1] < MIN_P99:
             return None
         at = int(np.searchsorted(below, 0.99 * below[-1]))
         part = 1.0 - (below[at] - 0.99 * below[-1]) / counts[at]

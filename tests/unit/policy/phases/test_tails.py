@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from agft_ray.policy.phases.latency import Ratios
-from agft_ray.policy.phases.tails import MIN_REQUESTS, Tails
+from agft_ray.policy.phases.tails import MIN_MEAN, MIN_P99, Tails
 from agft_ray.telemetry.counters import EngineStats
 from agft_ray.testing import WINDOW
 
@@ -40,10 +40,18 @@ def test_the_p99_is_that_of_the_distribution_within_its_own_spread():
     )
 
 
+def test_the_mean_is_that_of_the_distribution():
+    found_s = [filled(np.random.default_rng(seed), ratio=1.2, stretch=1.2) for seed in range(20)]
+    mean_s = np.mean([each.mean_s("e2e") for each in found_s])
+    assert mean_s == pytest.approx(np.exp(1.0 + 0.6**2 / 2), rel=0.02)
+
+
 def test_it_is_not_known_from_few_requests():
     assert Tails().p99_s("e2e") is None
-    few = filled(np.random.default_rng(0), windows=int(MIN_REQUESTS / 10) - 1)
+    few = filled(np.random.default_rng(0), windows=int(MIN_P99 / 10) - 1)
     assert few.p99_s("e2e") is None
+    assert few.mean_s("e2e") is not None
+    assert filled(np.random.default_rng(0), windows=int(MIN_MEAN / 10) - 1).mean_s("e2e") is None
     assert filled(np.random.default_rng(0), windows=12).p99_s("e2e") is not None
     assert filled(np.random.default_rng(0)).p99_s("ttft") is None, "none was counted"
 
