@@ -116,8 +116,7 @@ class Tuner:
         # Handed over between threads: a deque's append and pop are atomic.
         self._pending: deque[TunerConfig] = deque(maxlen=1)
         self._priors: deque[Prior] = deque(maxlen=1)
-        self._stopped = False
-        self._controls = False
+        self._stopped = self._controls = False
         self._context: Context | None = None
         self._raised: deque[Exception] = deque(maxlen=1)  # by `enter`
         self._idle = self._blind = self._beyond_slo = self._cooldown = self._faults = 0
@@ -348,5 +347,4 @@ class Tuner:
         self.control.reset_own()
         permanent = isinstance(error, GpuError) and not isinstance(error, GpuTransientError)
         self._stopped = permanent or self._faults >= MAX_FAULTS
-        pause_s = max(self.config.window_s, MIN_PAUSE_S) * 2**self._faults
-        return self.clock.now_s() + float(pause_s)
+        return self.clock.now_s() + max(self.config.window_s, MIN_PAUSE_S) * 2.0**self._faults
