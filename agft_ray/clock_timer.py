@@ -21,7 +21,8 @@ TOLERANCE = 0.02
 class ClockTimer:
     """Times changes of a busy GPU's clock, from before the call until it runs at its lock.
 
-    A change that is not over when waiting is counts with the time waited, the least it can be,
+    Over when it was first seen to be, so rather too long than too short: prompts pay for what is
+    missed. A change that is not over when waiting is counts with the time waited, the least it can be,
     unless something else holds the clock down; while none was ever seen to end, nothing is known.
     """
 
@@ -29,7 +30,7 @@ class ClockTimer:
         self._times_s: deque[float] = deque(maxlen=KEPT)
         self._has_ended = False
         self._lock: Arm = None  # that of the change under way
-        self._called_s = self._seen_s = 0.0
+        self._called_s = 0.0
         self._held_down = False
 
     @property
@@ -47,7 +48,7 @@ class ClockTimer:
         their own that one could wait for."""
         differs = before is not None and lock is not None and not _is_at(before, lock)
         self._lock = lock if differs else None
-        self._called_s = self._seen_s = called_s
+        self._called_s = called_s
         self._held_down = False
 
     def see(self, reading: GpuSample) -> None:
@@ -56,10 +57,9 @@ class ClockTimer:
         if lock is None or reading.locked != lock or reading.event_reasons & EventReason.GPU_IDLE:
             self.stop()
         elif _is_at(reading, lock):
-            self._end((self._seen_s + reading.t_s) / 2)
+            self._end(reading.t_s)
             self._has_ended = True
         else:
-            self._seen_s = reading.t_s
             limits = THROTTLED | EventReason.SW_POWER_CAP
             self._held_down = bool(reading.event_reasons & limits)
 

@@ -42,12 +42,18 @@ class FailSafe:
             self._pressure.see(window, config)
 
     def reason(
-        self, config: TunerConfig, *, cut_off: bool, holdout: bool, at_default: bool
+        self,
+        config: TunerConfig,
+        *,
+        cut_off: bool,
+        holdout: bool,
+        at_default: bool,
+        keeps_goals: bool,
     ) -> TunerState | None:
         """Why default clocks are kept: the first reason that holds. To be asked once a window, as
-        a cooldown grows shorter by it."""
+        a cooldown grows shorter by it. Whether SLOs are kept is left to a policy that does so."""
         cannot_know = self._blind >= config.stale_windows or cut_off
-        too_slow = self._beyond_slo >= config.slo_windows
+        too_slow = self._beyond_slo >= config.slo_windows and not keeps_goals
         if cannot_know and self.is_throttled:
             self._cooldown = config.cooldown_windows
         elif not cannot_know and too_slow and not at_default:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from agft_ray.config import Count, NonNegative, Positive, Share, StrictModel
 from agft_ray.policy.agft.config import AgftConfig
 from agft_ray.policy.baselines.fixed import FixedConfig
+from agft_ray.policy.goals import Goals, Objective, Statistic
 from agft_ray.policy.registry import PolicyConfig
+from agft_ray.telemetry.energy_weight import EnergyWeightConfig
 from agft_ray.types import Actuator
 
 MIN_PUSH_INTERVAL_S, MAX_PUSH_INTERVAL_S = 0.1, 0.25
@@ -22,21 +24,25 @@ STALE_PUSHES = 5
 
 
 class SloConfig(StrictModel):
-    """Latencies a window's mean should not exceed, in seconds of the engine's clock."""
+    """Latencies that should not be exceeded, in seconds of the engine's clock."""
 
     ttft_s: Positive | None = None
     """Time to first token."""
     tpot_s: Positive | None = None
     """Time per output token."""
+    e2e_s: Positive | None = None
+    """Time of a whole request."""
+    statistic: Statistic = "mean"
+    """What of them should not: their mean, or their 99th percentile over requests."""
 
     @model_validator(mode="after")
     def _plausible(self) -> SloConfig:
-        for name in ("ttft_s", "tpot_s"):
+        for name, longest_s in (("ttft_s", 600), ("tpot_s", 600), ("e2e_s", 36_000)):
             value = getattr(self, name)
-            if value is not None and value > 600:
+            if value is not None and value > longest_s:
                 raise ValueError(
-                    f"{name} is {value:g} s, more than 10 minutes; it is in seconds, "
-                    f"did you mean {value / 1000:g}?"
+                    f"{name} is {value:g} s, more than {longest_s / 60:g} minutes; it is in "
+                    f"seconds, did you mean {value / 1000:g}?"
                 )
         return self
 
@@ -48,10 +54,17 @@ class TunerConfig(StrictModel):
     """off: no tuner work at all; observe: measure and recommend; control: set SM clocks."""
     policy: PolicyConfig = Field(default_factory=AgftConfig)
     """Which policy chooses the clock, and its parameters."""
-    objective: Literal["energy", "edp", "ed2p"] = "edp"
-    """What a window is judged by: power x TPOT^m with m = 0, 1 or 2."""
+    objective: Objective | None = None
+    """What is to be least: energy x latency^m with m = 0, 1 or 2. None: the policy's own, which is
+    `energy` of `phases`, and `edp` of all that learn from rewards."""
+    bound: Annotated[float, Field(gt=0, le=1)] = 0.10
+    """How much longer mean TTFT, TPOT and E2E may be than at default clocks, as a share, for
+    policies that can tell."""
     slo: SloConfig = Field(default_factory=SloConfig)
-    """Latency bounds; beyond them a window is penalised, and a lasting violation resets clocks."""
+    """Bounds in seconds, each in the place of its relative one; beyond them a window is penalised,
+    and a lasting violation resets clocks."""
+    energy_weight: EnergyWeightConfig | None = None
+    """What energy counts for over time; None: always 1. For policies that can tell."""
     window_s: float = Field(default=2.0, ge=0.5)
     """Length of one observation window."""
     settle_s: NonNegative = 0.2
@@ -104,6 +117,11 @@ class TunerConfig(StrictModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def goals_at(self, energy_weight: float = 1.0) -> Goals:
+        """What the policy is asked for while energy counts for so much."""
+        slo = self.slo.model_dump()
+        return Goals(self.objective, self.bound, **slo, energy_weight=energy_weight)
 
     def push_interval_s(self, speed: float) -> float:
         """Wall time between pushes of the engine's statistics, at a clock that runs `speed` times

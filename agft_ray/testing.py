@@ -18,12 +18,19 @@ from dataclasses import replace
 import numpy as np
 
 from agft_ray.policy.base import Policy
+from agft_ray.policy.goals import Goals
 from agft_ray.types import Context, Decision, EventReason, Outcome, StepTotals, Window
 
 ARMS = tuple(range(210, 2101, 15))
 """The clocks of an RTX A6000, MHz."""
 HALF_WINDOWS = 2_500
 """After so many, all that is bounded has come to its bound."""
+GOALS = (
+    Goals("energy", bound=0.05),
+    Goals("ed2p", energy_weight=0.0),
+    Goals("edp", ttft_s=1e-3, tpot_s=1e-3, e2e_s=1e-3),
+    Goals(ttft_s=1e3, tpot_s=1e3, e2e_s=1e3, statistic="p99", energy_weight=3.0),
+)
 Make = Callable[[], Policy]
 """Makes a fresh policy, always with the same settings and seed."""
 
@@ -153,6 +160,21 @@ def check_memory_is_bounded(make: Make) -> None:
     )
 
 
+def check_goals_may_change_at_any_time(make: Make) -> None:
+    """Goals are no part of what was learned, and the last ones alone count."""
+    for windows in (0, 60, 200):
+        policy, rng = trained(make, windows), np.random.default_rng(6)
+        before, at = state(policy), context(rng)
+        usual = policy.select(at, ARMS)
+        for goals in GOALS:
+            policy.pursue(goals)
+            _promise(state(policy) == before, f"{goals} leave what was learned as it is")
+            for decision in (policy.select(at, ARMS), policy.select_idle(ARMS)):
+                _promise(_is_among(decision, ARMS), f"choices are supported, got {decision}")
+        policy.pursue(Goals())
+        _promise(policy.select(at, ARMS) == usual, "the last goals alone count")
+
+
 CHECKS: tuple[Callable[[Make], None], ...] = (
     check_choices_are_pure_and_supported,
     check_settings_and_seed_determine_everything,
@@ -161,6 +183,7 @@ CHECKS: tuple[Callable[[Make], None], ...] = (
     check_a_snapshot_of_another_is_refused,
     check_non_finite_numbers_change_nothing,
     check_memory_is_bounded,
+    check_goals_may_change_at_any_time,
 )
 
 

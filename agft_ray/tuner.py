@@ -19,8 +19,9 @@ from agft_ray.policy.arms import nearest
 from agft_ray.policy.base import Policy
 from agft_ray.policy.experience import Prior
 from agft_ray.policy.registry import build_policy
-from agft_ray.policy.reward import DELAY_EXPONENTS, Reward
+from agft_ray.policy.reward import Reward
 from agft_ray.settings import TunerConfig
+from agft_ray.telemetry.energy_weight import USUAL, Weigh
 from agft_ray.telemetry.features import extract
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
@@ -90,6 +91,7 @@ class Tuner:
         clock: Clock,
         role: str = "mixed",
         policy: Policy | None = None,
+        weigh: Weigh = lambda config: USUAL,
         readings_per_window: int = READINGS_PER_WINDOW,
         on_record: Callable[[WindowRecord], None] = lambda record: None,
     ) -> None:
@@ -106,16 +108,17 @@ class Tuner:
         self.state = TunerState.STARTING
         self.fault = ""
         """The last fault, until a step has gone well."""
+        self.energy_weight = USUAL
+        """What energy counts for, as of the last step."""
         self.reading: GpuSample | None = None
         """The newest reading of the GPU."""
         self.control = ClockControl(gpu, clock)
         self._readings_per_window = readings_per_window
-        self._on_record = on_record
+        self._on_record, self._weigh = on_record, weigh
         # Handed over between threads: a deque's append and pop are atomic.
         self._pending: deque[TunerConfig] = deque(maxlen=1)
         self._priors: deque[Prior] = deque(maxlen=1)
-        self._stopped = False
-        self._controls = False
+        self._stopped = self._controls = False
         self._context: Context | None = None
         self._raised: deque[Exception] = deque(maxlen=1)  # by `enter`
         self._fail_safe, self._faults = FailSafe(), 0
@@ -126,9 +129,9 @@ class Tuner:
     def reconfigure(self, config: TunerConfig) -> None:
         """Take new settings at the next step.
 
-        What was learned stays, unless the policy's own settings or what a reward means (objective,
-        SLOs, length of a window) changed. Raises `ValueError`, and changes nothing, if no supported
-        clock lies within the bounds.
+        What was learned stays, unless the policy's own settings or the length of a window changed,
+        or what a reward means (objective, SLOs) for a policy that does not keep goals by itself.
+        Raises `ValueError`, and changes nothing, if no supported clock lies within the bounds.
         """
         config.arms(self.gpu.arms, self.gpu.actuator)
         self._pending.append(config)
@@ -168,19 +171,16 @@ class Tuner:
         return self._fail_safe.idle >= self.config.idle_windows
 
     def _apply(self, config: TunerConfig) -> None:
-        def learning(c: TunerConfig) -> tuple[object, ...]:
-            return c.policy, c.objective, c.slo, c.window_s
-
-        if learning(config) != learning(self.config):
+        before, reward = self.config, Reward.of(config.goals_at())
+        is_other = (config.policy, config.window_s) != (before.policy, before.window_s)
+        rewards_differ = reward != Reward.of(before.goals_at())
+        if is_other or (rewards_differ and not self.policy.keeps_goals):
             self.policy = build_policy(config.policy)
             self._priors.clear()
         self.control.restart()
         self._arms = config.arms(self.gpu.arms, self.gpu.actuator)
         self._stale_after_s = config.stale_limit_s(self.clock.speed)
-        self.reward = Reward(
-            DELAY_EXPONENTS[config.objective], config.slo.ttft_s, config.slo.tpot_s
-        )
-        self.config = config
+        self.reward, self.config = reward, config
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -296,12 +296,17 @@ class Tuner:
 
     def _decide(self, window: Window | None, note: str) -> Decision:
         """The next arm. Default clocks wherever the loop cannot know or must not interfere."""
+        self.energy_weight = self._weigh(self.config.energy_weight)
+        self.policy.pursue(self.config.goals_at(self.energy_weight.value))
         was_waiting = self.waits_for_work
         safe = self._fail_safe
         safe.see(window, self.config, self.reward, interrupted=note in (INTERRUPTED, WOKEN))
-        at_default = self.control.plan.is_default
         if rest := safe.reason(
-            self.config, cut_off=self.is_cut_off, holdout=self.holdout, at_default=at_default
+            self.config,
+            cut_off=self.is_cut_off,
+            holdout=self.holdout,
+            at_default=self.control.plan.is_default,
+            keeps_goals=self.policy.keeps_goals,
         ):
             self.state = rest
             return Decision(None, rest)
@@ -336,5 +341,4 @@ class Tuner:
         self.control.reset_own()
         permanent = isinstance(error, GpuError) and not isinstance(error, GpuTransientError)
         self._stopped = permanent or self._faults >= MAX_FAULTS
-        pause_s = max(self.config.window_s, MIN_PAUSE_S) * 2**self._faults
-        return self.clock.now_s() + float(pause_s)
+        return self.clock.now_s() + max(self.config.window_s, MIN_PAUSE_S) * 2.0**self._faults

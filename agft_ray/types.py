@@ -143,6 +143,22 @@ class StepTotals:
         )
 
 
+LATENCY_BUCKETS, BUCKETS_PER_DECADE = 192, 32
+"""Of a `Histogram`: from 1 ms to 1000 s, each 7.5 % wide; what lies beyond is in the outermost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many latencies lay in each bucket."""
+
+    counts: tuple[int, ...] = (0,) * LATENCY_BUCKETS
+
+    def __sub__(self, other: Histogram) -> Histogram:
+        if self.counts is other.counts:
+            return Histogram()
+        return Histogram(tuple(map(operator.sub, self.counts, other.counts)))
+
+
 @dataclass(frozen=True, slots=True)
 class EngineCounters:
     """What an engine has counted since it started; or between two moments: `later - earlier`.
@@ -168,6 +184,10 @@ class EngineCounters:
     prefill_steps: StepTotals = field(default_factory=StepTotals)
     unknown_steps: StepTotals = field(default_factory=StepTotals)
     """Steps of an engine that does not tell whether they computed prompt tokens."""
+    ttft_histogram: Histogram = field(default_factory=Histogram)
+    tpot_histogram: Histogram = field(default_factory=Histogram)
+    """Of finished requests, each with its own mean."""
+    e2e_histogram: Histogram = field(default_factory=Histogram)
 
     def __sub__(self, other: EngineCounters) -> EngineCounters:
         pairs = zip(counters_of(self), counters_of(other), strict=True)

@@ -171,7 +171,7 @@ class FrequencyTuner:
     async def _report(self) -> None:
         spec, tuner = self._spec, self._loop.tuner
         if tuner is None:
-            key, experience = self._prior_key("", "", self._loop.config), None
+            key, experience = self._prior_key("", "", "", self._loop.config), None
         else:
             key, experience = self._learned or (self._key_of(tuner), None)
         config = self._loop.config
@@ -196,9 +196,12 @@ class FrequencyTuner:
             tuner.offer_prior(prior)
 
     def _key_of(self, tuner: Tuner) -> PriorKey:
-        return self._prior_key(tuner.gpu.model, tuner.gpu.actuator.value, tuner.config)
+        gpu, meaning = tuner.gpu, tuner.reward.learned_by(tuner.policy)
+        return self._prior_key(gpu.model, gpu.actuator.value, meaning, tuner.config)
 
-    def _prior_key(self, gpu_model: str, actuator: str, config: TunerConfig) -> PriorKey:
+    def _prior_key(
+        self, gpu_model: str, actuator: str, objective: str, config: TunerConfig
+    ) -> PriorKey:
         engine = self._spec.engine
         return PriorKey(
             gpu_model=gpu_model,
@@ -207,7 +210,7 @@ class FrequencyTuner:
             tensor_parallel=engine.tensor_parallel,
             role=engine.role,
             quantization=engine.quantization,
-            objective=f"{config.objective} ttft<={config.slo.ttft_s} tpot<={config.slo.tpot_s}",
+            objective=objective,
             window_s=config.window_s,
             feature_schema=FEATURE_SCHEMA,
             reward_schema=REWARD_SCHEMA,

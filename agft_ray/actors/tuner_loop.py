@@ -16,6 +16,7 @@ from agft_ray.gpu.group import GpuGroup
 from agft_ray.gpu.leased import LeasedGpu
 from agft_ray.gpu.registry import open_gpu
 from agft_ray.settings import TunerConfig
+from agft_ray.telemetry.energy_weight import WeightReader
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import Tuner, WindowRecord
@@ -72,6 +73,7 @@ class TunerLoop:
         """CPU time of the thread."""
         self._spec, self._engine, self._serve = spec, engine, serve
         self._on_made, self._on_record = on_made, on_record
+        self._weights = WeightReader()
         self._leased: LeasedGpu | None = None
         self._heard_s = self._looked_s = time.monotonic()
         """When the replica last said something, and when the thread last looked whether it did."""
@@ -146,6 +148,7 @@ class TunerLoop:
             self.unavailable = repr(error)
             log.exception("the tuner of replica %s has ended", self._spec.replica)
         finally:
+            self._weights.close()
             self._bell.close()
             self._ended.set()
 
@@ -183,6 +186,7 @@ class TunerLoop:
             serve=self._serve,
             clock=self.clock,
             role=self._spec.engine.role,
+            weigh=self._weights.weigh,
             on_record=lambda record: self._on_record(tuner, record),
         )
         self._on_made(tuner)

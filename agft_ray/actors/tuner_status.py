@@ -27,6 +27,8 @@ def with_tuner(status: TunerStatus, tuner: Tuner, last: WindowRecord | None) -> 
         clock_change_s=tuner.control.timer.median_s,
         plan=tuner.control.plan.arms,
         reset_due=tuner.control.reset_due,
+        energy_weight=tuner.energy_weight.value,
+        energy_weight_problem=tuner.energy_weight.problem,
         last_reward=last.reward if last else None,
         last_decision=last.decision.reason if last else None,
         last_note=last.note if last else "",

@@ -6,11 +6,13 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from agft_ray import __version__
+from agft_ray.cli.goal_options import add_goal_options, goal_values
+from agft_ray.cli.names import Names, scenario_values
 from agft_ray.cli.uncertainty_options import (
     add_uncertainty_options,
     list_worlds,
@@ -52,34 +54,11 @@ POLICY_HELP = (
 )
 
 
-class Names:
-    """Choices that help and completions list; whether another value will do is found out later.
-
-    They are looked up when they are listed, so that no other command waits for the imports.
-    """
-
-    def __init__(self, look_up: Callable[[], Iterable[str]]) -> None:
-        self._look_up = look_up
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._look_up())
-
-    def __contains__(self, value: object) -> bool:
-        return True
-
-
 def _policy_names() -> list[str]:
     from agft_ray.policy.imported import entry_points
     from agft_ray.study.policy_specs import SEARCHES, policies
 
     return [*policies(), *entry_points(), *SEARCHES]
-
-
-def _values_of(field: str) -> Iterable[str]:
-    """What a scenario takes as the value of this field."""
-    from agft_ray.study.scenario import Scenario
-
-    return get_args(Scenario.model_fields[field].annotation)
 
 
 def add_command(commands: Commands, *, ray_pool: MakeRayPool) -> None:
@@ -107,6 +86,7 @@ def add_command(commands: Commands, *, ray_pool: MakeRayPool) -> None:
     add_workload_options(simulate, several_seeds=True)
     simulate.add_argument("--duration", type=float, metavar="S", help="simulated seconds")
     _add_fleet_options(simulate)
+    add_goal_options(simulate)
     _add_search_options(simulate)
     add_uncertainty_options(simulate)
     _add_output_options(simulate)
@@ -118,22 +98,13 @@ def _add_fleet_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router",
         default="power_of_two",
-        choices=Names(lambda: _values_of("router")),
+        choices=Names(lambda: scenario_values("router")),
         metavar="NAME",
         help="how requests find a replica: %(choices)s; default: %(default)s",
     )
     parser.add_argument("--engine", metavar="K=V,...", help="as in max_num_seqs=64")
-    parser.add_argument("--slo-ttft", type=float, metavar="S", help="bound on each request's TTFT")
-    parser.add_argument("--slo-tpot", type=float, metavar="S", help="bound on each request's TPOT")
     parser.add_argument(
         "--window", type=float, default=2.0, metavar="S", help="a tuner's window, default: 2"
-    )
-    parser.add_argument(
-        "--objective",
-        default="edp",
-        choices=Names(lambda: _values_of("objective")),
-        metavar="NAME",
-        help="what a tuner lowers: %(choices)s; default: %(default)s",
     )
     parser.add_argument(
         "--no-sharing", action="store_true", help="replicas do not share what they learn"
@@ -196,13 +167,11 @@ def scenario_of(arguments: argparse.Namespace) -> Scenario:
         "replicas": arguments.replicas,
         "router": arguments.router,
         "engine": engine,
-        "slo": {"ttft_s": arguments.slo_ttft, "tpot_s": arguments.slo_tpot},
         "window_s": arguments.window,
-        "objective": arguments.objective,
         "share_experience": not arguments.no_sharing,
         "profile_values": profile_values(arguments.set),
         "noise": arguments.noise,
-    }
+    } | goal_values(arguments)
     scenario = parse(Scenario, values, source="simulate")
     scenario.engine.for_model(scenario.profile().model_profile(scenario.model))
     return scenario

@@ -59,8 +59,9 @@ def _show(path: Path) -> None:
 
 
 def _described(gpu: GpuConfig, tuner: TunerConfig) -> str:
+    objective = tuner.objective or "of the policy"
     named = f" ({gpu.profile})" if gpu.kind == "simulated" else ""
     return (
         f"{gpu.kind} GPUs{named}, {tuner.holdout_replicas} held out, "
-        f"mode {tuner.mode}, policy {tuner.policy.name}, objective {tuner.objective}"
+        f"mode {tuner.mode}, policy {tuner.policy.name}, objective {objective}"
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from agft_ray.policy.experience import Experience, Prior
+from agft_ray.policy.goals import Goals
 from agft_ray.types import Context, Decision, Outcome
 
 
@@ -43,6 +44,18 @@ class Policy(Protocol):
         """The choice while the engine is empty: by default the lowest clock. Pure."""
         return Decision(min(arms, default=None), "idle")
 
+    def pursue(self, goals: Goals) -> None:
+        """Choose by these goals from now on; called before every choice, mostly with the same ones.
+        They are no part of a snapshot. By default they are passed over."""
+        return
+
+    @property
+    def keeps_goals(self) -> bool:
+        """Whether it keeps SLOs by itself, and what it learned holds whatever the goals are. By
+        default it does not: the loop resets clocks where SLOs are missed, and builds it anew when
+        what rewards mean (objective, SLOs) has changed."""
+        return False
+
     def experience(self) -> Experience | None:
         """All that was learned from this replica's own windows; None, the default, if the policy
         learns nothing that others could use. Cumulative, so that handing it over twice is harmless.
@@ -52,6 +65,7 @@ class Policy(Protocol):
     def merge(self, prior: Prior) -> None:
         """Take the experience of others as the prior, in place of the one before. By default it is
         passed over."""
+        return
 
     def snapshot(self) -> dict[str, Any]:
         """The whole state as JSON-able values; `restore` on a policy with the same settings

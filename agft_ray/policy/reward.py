@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from agft_ray.policy.base import Policy
+from agft_ray.policy.goals import DELAY_EXPONENTS, Goals, Objective
 from agft_ray.types import Window
 
 REWARD_SCHEMA = 2
@@ -17,7 +19,8 @@ long."""
 SLO_PENALTY = 2.0
 """How much more a per cent beyond an SLO costs than a per cent of delay under EDP."""
 
-DELAY_EXPONENTS = {"energy": 0.0, "edp": 1.0, "ed2p": 2.0}
+OBJECTIVE: Objective = "edp"
+"""What windows are judged by where no objective is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,19 @@ class Reward:
     delay_exponent: float = 1.0
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
+
+    @classmethod
+    def of(cls, goals: Goals) -> Reward:
+        """What judges windows by these goals."""
+        exponent = DELAY_EXPONENTS[goals.objective or OBJECTIVE]
+        return cls(exponent, goals.ttft_s, goals.tpot_s)
+
+    def learned_by(self, policy: Policy) -> str:
+        """What must agree before this policy's experience may be added: what rewards mean, or
+        nothing where it keeps goals by itself."""
+        if policy.keeps_goals:
+            return ""
+        return f"m={self.delay_exponent:g} ttft<={self.slo_ttft_s} tpot<={self.slo_tpot_s}"
 
     def __call__(self, window: Window) -> float | None:
         """The window's reward; None if it has no energy, or nothing was done in it."""

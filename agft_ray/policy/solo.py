@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from agft_ray.config import StrictModel
-from agft_ray.policy.experience import Experience, Prior
+from agft_ray.policy.base import Policy
 from agft_ray.policy.statistics import is_evidence
 from agft_ray.types import Outcome
 
@@ -25,7 +25,7 @@ class SoloState(BaseModel):
 StateT = TypeVar("StateT", bound=SoloState)
 
 
-class SoloPolicy(ABC, Generic[StateT]):
+class SoloPolicy(Policy, Generic[StateT]):
     """Learns from its own windows, keeps its state in snapshots, and shares nothing.
 
     Subclasses choose from `self.state`, and change it in `_learn` only.
@@ -43,13 +43,6 @@ class SoloPolicy(ABC, Generic[StateT]):
     @abstractmethod
     def _learn(self, outcome: Outcome) -> None:
         """Learn from one window that emitted tokens."""
-
-    def experience(self) -> Experience | None:
-        """See `Policy.experience`."""
-        return None
-
-    def merge(self, prior: Prior) -> None:
-        """Nothing of others is of use here."""
 
     def snapshot(self) -> dict[str, Any]:
         """The whole state; see `Policy.snapshot`."""

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from agft_ray.config import StrictModel
-from agft_ray.policy.experience import Experience, Prior
+from agft_ray.policy.base import Policy
 from agft_ray.policy.statistics import is_evidence
 from agft_ray.types import Outcome
 
 SNAPSHOT_SCHEMA = 1
 
 
-class StaticPolicy:
+class StaticPolicy(Policy):
     """Takes outcomes and priors, and stays as it is."""
 
     def __init__(self, settings: StrictModel) -> None:
@@ -22,13 +22,6 @@ class StaticPolicy:
     def update(self, outcome: Outcome) -> None:
         """Learn from a window; see `Policy.update`."""
         is_evidence(outcome)
-
-    def experience(self) -> Experience | None:
-        """See `Policy.experience`."""
-        return None
-
-    def merge(self, prior: Prior) -> None:
-        """Nothing is learned, so there is nothing to take."""
 
     def snapshot(self) -> dict[str, Any]:
         """The whole state; see `Policy.snapshot`."""

@@ -308,7 +308,8 @@ class BatchingEngine:
         self._running.remove(sequence)
         self._release(sequence)
         e2e_s = sequence.last_token_s - request.arrival_s
-        self._stats.on_finish(e2e_s=e2e_s)
+        decode_s, tokens = sequence.last_token_s - sequence.first_token_s, request.output_tokens - 1
+        self._stats.on_finish(e2e_s=e2e_s, tpot_s=decode_s / tokens if tokens else None)
         return RequestTimings(
             request_id=request.request_id,
             arrival_s=request.arrival_s,

@@ -21,7 +21,6 @@ from agft_ray.simulation.device import Device
 from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.physics import StepWork, prefill_attention_s
 from agft_ray.simulation.virtual_engine import VirtualEngine
-from agft_ray.study.bounds import MAX_INCREASE
 from agft_ray.study.pool import Report
 from agft_ray.study.run import Job, fleet_setup
 from agft_ray.virtual.run import FleetSetup, run_fleet
@@ -61,6 +60,7 @@ def perform_best_steps(job: Job, report: Report) -> RunRecord:
         delay_s=steps.time_s,
         idle_w=_idle_w(setup),
         total_s=record.duration_s * setup.replicas,
+        max_increase=job.scenario.bound,
     )
     tokens = record.output_tokens
     return replace(
@@ -88,7 +88,7 @@ def least_energy(
     delay_s: float,
     idle_w: float,
     total_s: float,
-    max_increase: float = MAX_INCREASE,
+    max_increase: float,
 ) -> LeastEnergy:
     """Energy over `total_s` with every kind of step at the clock that minimises
     `energy above idle + multiplier * time`.

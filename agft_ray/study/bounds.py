@@ -12,9 +12,6 @@ from agft_ray.settings import SloConfig
 from agft_ray.study.run import AbandonedError, Watch
 from agft_ray.workloads.requests import RequestTimings
 
-MAX_INCREASE = 0.10
-"""How much TTFT, TPOT and E2E may exceed those of default clocks where there is no SLO."""
-
 
 @dataclass(frozen=True, slots=True)
 class Bound:
@@ -34,20 +31,24 @@ class Bounds:
     e2e: Bound
 
     @classmethod
-    def of(cls, default: RunRecord, slo: SloConfig) -> Bounds:
-        """With an SLO: the p99 of TTFT and TPOT within it. Without one: mean and p99 of all three
-        at most `MAX_INCREASE` above default clocks."""
+    def of(cls, default: RunRecord, slo: SloConfig, bound: float) -> Bounds:
+        """With an SLO: its statistic of what it bounds within it. Without one: mean and p99 of all
+        three at most `bound` above default clocks, as a share."""
         latencies = (default.ttft_s, default.tpot_s, default.e2e_s)
-        if slo == SloConfig():
-            return cls(*(_raised(latency) for latency in latencies))
-        limits_s = (slo.ttft_s, slo.tpot_s, None)
+        limits_s = (slo.ttft_s, slo.tpot_s, slo.e2e_s)
+        if limits_s == (None, None, None):
+            return cls(*(_raised(latency, 1.0 + bound) for latency in latencies))
+        is_mean = slo.statistic == "mean"
+        pairs = zip(latencies, limits_s, strict=True)
         return cls(
-            *(Bound(la.count, None, limit) for la, limit in zip(latencies, limits_s, strict=True))
+            *(
+                Bound(each.count, limit if is_mean else None, None if is_mean else limit)
+                for each, limit in pairs
+            )
         )
 
 
-def _raised(latency: Distribution) -> Bound:
-    factor = 1.0 + MAX_INCREASE
+def _raised(latency: Distribution, factor: float) -> Bound:
     mean_s, p99_s = latency.mean, latency.p99
     return Bound(
         latency.count,

@@ -118,7 +118,8 @@ class Oracle:
         return [self._score(bounds, [next(records) for _ in seeds]) for _ in points]
 
     def _bounds(self, seed: int) -> Bounds:
-        return Bounds.of(self.defaults[seed].record, self.templates[seed].scenario.slo)
+        scenario = self.templates[seed].scenario
+        return Bounds.of(self.defaults[seed].record, scenario.slo, scenario.bound)
 
     def _score(self, bounds: Sequence[Bounds], runs: Sequence[RunRecord | None]) -> float:
         """Energy or EDP relative to default clocks, mean over seeds; infinite out of bounds."""

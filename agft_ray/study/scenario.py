@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from agft_ray.config import Count, Positive, StrictModel, parse
 from agft_ray.errors import ConfigError
+from agft_ray.policy.goals import Objective
 from agft_ray.policy.reference.policy import REFERENCE_WINDOW_S, AgftReferenceConfig
 from agft_ray.results.distribution import Slo
 from agft_ray.settings import SloConfig, TunerConfig
 from agft_ray.simulation.engine_config import EngineConfig
 from agft_ray.simulation.profiles import GpuProfile, load_gpu_profile
+from agft_ray.telemetry.energy_weight import EnergyWeightConfig, read_series
 from agft_ray.virtual.routers import RouterName
 from agft_ray.workloads.generators import generate, thin, until, workload_name
 from agft_ray.workloads.requests import Request
@@ -50,7 +52,13 @@ class Scenario(StrictModel):
     window_s: float = Field(default=2.0, ge=0.5)
     """Length of a tuner's window (of `agft_reference` always its own, 0.8 s), and of the windows
     that are reported."""
-    objective: Literal["energy", "edp", "ed2p"] = "edp"
+    objective: Objective | None = None
+    """What policies are told to lower; None: each its own."""
+    bound: Annotated[float, Field(gt=0, le=1)] = 0.10
+    """How much longer latencies may be than at default clocks where no SLO bounds them, as a
+    share; policies are told, and best clocks in hindsight keep it."""
+    energy_weight: EnergyWeightConfig | None = None
+    """What energy counts for over time; the first row is of the run's start."""
     share_experience: bool = True
     """Replicas exchange what they learned."""
     profile_values: dict[str, float] = Field(default_factory=dict)
@@ -66,6 +74,18 @@ class Scenario(StrictModel):
             raise ValueError("duration_s: required, a generated workload has no end; --duration S")
         return self
 
+    @model_validator(mode="after")
+    def _weights_can_be_read(self) -> Self:
+        if self.energy_weight is None:
+            return self
+        if "://" in (source := self.energy_weight.source):
+            raise ValueError(f"energy_weight: must be a file in virtual time, got {source!r}")
+        try:
+            read_series(self.energy_weight)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"energy_weight: {source}: {error}") from None
+        return self
+
     @property
     def trace_name(self) -> str:
         """The trace's file name, or the generated workload and its rate."""
@@ -79,8 +99,8 @@ class Scenario(StrictModel):
     @property
     def request_slo(self) -> Slo | None:
         """The bounds on each request, None if there are none."""
-        bounds_s = (self.slo.ttft_s, self.slo.tpot_s)
-        return None if bounds_s == (None, None) else Slo(*bounds_s)
+        bounds_s = (self.slo.ttft_s, self.slo.tpot_s, self.slo.e2e_s)
+        return None if bounds_s == (None, None, None) else Slo(*bounds_s)
 
     def profile(self) -> GpuProfile:
         """The GPU, with the replaced numbers; raises `ConfigError` for what is invalid."""
@@ -92,6 +112,8 @@ class Scenario(StrictModel):
         values = {
             "policy": policy,
             "objective": self.objective,
+            "bound": self.bound,
+            "energy_weight": self.energy_weight,
             "slo": self.slo,
             "window_s": REFERENCE_WINDOW_S if is_reference else self.window_s,
             "share_experience": self.share_experience,

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from agft_ray.types import EngineSample, StepTotals, counters_of
+from agft_ray.types import (
+    BUCKETS_PER_DECADE,
+    LATENCY_BUCKETS,
+    EngineSample,
+    Histogram,
+    StepTotals,
+    counters_of,
+)
 
 
 @dataclass(slots=True)
@@ -18,6 +26,22 @@ class _StepCounter:
         if self._totals.steps != self.steps:  # of three counters one or two stand still
             self._totals = StepTotals(self.steps, self.tokens, self.time_s)
         return self._totals
+
+
+@dataclass(slots=True)
+class _LatencyCounter:
+    counts: list[int] = field(default_factory=lambda: [0] * LATENCY_BUCKETS)
+    _histogram: Histogram | None = field(default_factory=Histogram)
+
+    def add(self, latency_s: float) -> None:
+        decades = math.log10(max(latency_s, 1e-3)) + 3.0
+        self.counts[min(int(decades * BUCKETS_PER_DECADE), LATENCY_BUCKETS - 1)] += 1
+        self._histogram = None
+
+    def histogram(self) -> Histogram:
+        if self._histogram is None:
+            self._histogram = Histogram(tuple(self.counts))
+        return self._histogram
 
 
 @dataclass(slots=True)
@@ -44,6 +68,9 @@ class EngineStats:
     _decode: _StepCounter = field(default_factory=_StepCounter)
     _prefill: _StepCounter = field(default_factory=_StepCounter)
     _unknown: _StepCounter = field(default_factory=_StepCounter)
+    _ttft: _LatencyCounter = field(default_factory=_LatencyCounter)
+    _tpot: _LatencyCounter = field(default_factory=_LatencyCounter)
+    _e2e: _LatencyCounter = field(default_factory=_LatencyCounter)
 
     def on_step(self, *, prefill_tokens: int, decode_tokens: int, time_s: float) -> None:
         """One engine iteration; it is a step with prefill if it computed any prompt token."""
@@ -85,8 +112,13 @@ class EngineStats:
     def on_first_token(self, *, ttft_s: float) -> None:
         """A request got its first token."""
         self.generation_tokens += 1
+        self.on_ttft(ttft_s)
+
+    def on_ttft(self, ttft_s: float) -> None:
+        """The same where tokens are counted otherwise."""
         self.ttft_sum_s += ttft_s
         self.ttft_count += 1
+        self._ttft.add(ttft_s)
 
     def on_token(self, *, itl_s: float) -> None:
         """A token after the first, `itl_s` after the one before."""
@@ -94,10 +126,13 @@ class EngineStats:
         self.itl_sum_s += itl_s
         self.itl_count += 1
 
-    def on_finish(self, *, e2e_s: float) -> None:
-        """A request is finished."""
+    def on_finish(self, *, e2e_s: float, tpot_s: float | None = None) -> None:
+        """A request is finished; `tpot_s` is its own mean, None where it had one token only."""
         self.e2e_sum_s += e2e_s
         self.e2e_count += 1
+        self._e2e.add(e2e_s)
+        if tpot_s is not None:
+            self._tpot.add(tpot_s)
 
     def on_preemption(self) -> None:
         """A sequence lost its KV blocks to others."""
@@ -129,3 +164,18 @@ class EngineStats:
     def unknown_steps(self) -> StepTotals:
         """Steps of which it is not known whether they computed prompt tokens."""
         return self._unknown.totals()
+
+    @property
+    def ttft_histogram(self) -> Histogram:
+        """Times to first token."""
+        return self._ttft.histogram()
+
+    @property
+    def tpot_histogram(self) -> Histogram:
+        """Times per output token of finished requests."""
+        return self._tpot.histogram()
+
+    @property
+    def e2e_histogram(self) -> Histogram:
+        """Times of finished requests."""
+        return self._e2e.histogram()

@@ -78,6 +78,9 @@ class TunerStatus:
     last_note: str | Unknown = UNKNOWN
     last_window: dict[str, Any] | Unknown | None = UNKNOWN
     policy_status: dict[str, Any] | Unknown = UNKNOWN
+    energy_weight: float | Unknown = UNKNOWN
+    energy_weight_problem: str | Unknown = UNKNOWN
+    """Why it is 1 although a source is set, or why that could not be read of late."""
 
     # Of Ray Serve's metrics, while they are fresh.
     serve_request_rate_per_s: float | Unknown = UNKNOWN

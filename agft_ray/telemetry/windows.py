@@ -17,7 +17,6 @@ from agft_ray.types import (
     Plan,
     Rises,
     ServeWindow,
-    StepTotals,
     Window,
     counters_of,
 )
@@ -84,7 +83,7 @@ def close_window(
 _NUMBERS = tuple(
     name
     for name, none in zip(COUNTERS, counters_of(EngineCounters()), strict=True)
-    if not isinstance(none, StepTotals)  # whose steps are among the iterations
+    if isinstance(none, int | float)  # the others count what is among these
 )
 _numbers = operator.attrgetter(*_NUMBERS)
 

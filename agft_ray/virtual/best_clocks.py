@@ -21,8 +21,6 @@ from agft_ray.simulation.physics import (
 from agft_ray.simulation.profiles import ActivityDecode, GpuProfile, ModelProfile
 from agft_ray.simulation.work_done import WorkDone
 
-MAX_INCREASE = 0.10
-"""How much longer than at default clocks work may take where there is no SLO."""
 ROUNDING = 1e-9
 """A bound counts as exceeded beyond this, relative to it."""
 
@@ -62,7 +60,7 @@ class BestClocks:
 
     P0 is the least idle power in W; T and E are time in s and energy in J of the steps with prefill
     (p) and of the others (d) with clock f locked, under the power cap. Either clock must keep a
-    bound: T(f) at most `1 + MAX_INCREASE` of the time at default clocks, or, where the SLO bounds
+    bound: T(f) at most `1 + bound` of the time at default clocks, or, where the SLO bounds
     TTFT (p) or TPOT (d), that for the mean step; at least default clocks' time in any case.
 
     Changes of clock are free; batches and arrivals stay as they were. What exceeds W is taken from
@@ -70,8 +68,10 @@ class BestClocks:
     search starts where the last one ended.
     """
 
-    def __init__(self, gpu: GpuProfile, model: ModelProfile, slo: SloConfig) -> None:
-        self._gpu, self._model, self._slo = gpu, model, slo
+    def __init__(
+        self, gpu: GpuProfile, model: ModelProfile, slo: SloConfig, bound: float = 0.10
+    ) -> None:
+        self._gpu, self._model, self._slo, self._bound = gpu, model, slo, bound
         self._clocks = gpu.supported_sm_clocks_mhz
         idle_w = (idle_power_w(gpu.power, clock, model.spinning_activity) for clock in self._clocks)
         self._idle_w = model.tensor_parallel * min(idle_w)
@@ -104,7 +104,7 @@ class BestClocks:
             return _Phase()
         slo_s, steps = self._slo.ttft_s, sum(share for _, share in done.prefill)
         search = _Search(lambda clock: self.prefill_cost(done, clock), self._clocks)
-        limit_s = search.limit_s(None if slo_s is None else steps * slo_s)
+        limit_s = search.limit_s(None if slo_s is None else steps * slo_s, self._bound)
         self._prefill_at = search.best(limit_s, self._prefill_at)
         return self._phase(search.cost(self._prefill_at), limit_s, done.prefill_s, done.prefill_j)
 
@@ -113,7 +113,7 @@ class BestClocks:
             return _Phase()
         slo_s, steps = self._slo.tpot_s, sum(steps for steps, _ in done.decode.values())
         search = _Search(lambda clock: self.decode_cost(done, clock), self._clocks)
-        limit_s = search.limit_s(None if slo_s is None else steps * slo_s)
+        limit_s = search.limit_s(None if slo_s is None else steps * slo_s, self._bound)
         self._decode_at = search.best(limit_s, self._decode_at)
         return self._phase(search.cost(self._decode_at), limit_s, done.decode_s, done.decode_j)
 
@@ -211,10 +211,10 @@ class _Search:
             self._known[place] = self._cost(self._clocks[place])
         return self._known[place]
 
-    def limit_s(self, slo_s: float | None) -> float:
+    def limit_s(self, slo_s: float | None, bound: float) -> float:
         """The bound on the time: by the SLO, else by default clocks, which run at the highest."""
         default_s = self.cost(len(self._clocks) - 1).time_s
-        return default_s * (1.0 + MAX_INCREASE) if slo_s is None else max(slo_s, default_s)
+        return default_s * (1.0 + bound) if slo_s is None else max(slo_s, default_s)
 
     def best(self, limit_s: float, start: int) -> int:
         """The place of the cheapest clock that keeps the bound, downhill from `start`."""

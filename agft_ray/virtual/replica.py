@@ -22,6 +22,7 @@ from agft_ray.simulation.physics import prefill_attention_s
 from agft_ray.simulation.profiles import GpuProfile
 from agft_ray.simulation.virtual_engine import VirtualEngine
 from agft_ray.simulation.work_done import WorkDone
+from agft_ray.telemetry.energy_weight import USUAL, EnergyWeightConfig, Weigh, read_series
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import READINGS_PER_WINDOW, Tuner, WindowRecord
@@ -163,7 +164,7 @@ class VirtualReplica:
         self._device = Device(
             setup.gpu, model, seed=setup.stream(index), noise=setup.noise, done=self._done
         )
-        self._best = BestClocks(setup.gpu, model, setup.tuner.slo)
+        self._best = BestClocks(setup.gpu, model, setup.tuner.slo, setup.tuner.bound)
         core = BatchingEngine(
             setup.engine.for_model(model), functools.partial(prefill_attention_s, model)
         )
@@ -212,6 +213,7 @@ class VirtualReplica:
             engine=self._inbox,
             serve=ServeMetrics(max_age_s=0.0),
             clock=self.clock,
+            weigh=_weigher(config.energy_weight, self.clock),
             on_record=functools.partial(self._listeners.on_record, self.index),
         )
 
@@ -316,6 +318,14 @@ class VirtualReplica:
         self._grid_index += 1
         self._grid_end_s = (self._grid_index + 1) * self._setup.grid_s
         self._listeners.on_window(window)
+
+
+def _weigher(config: EnergyWeightConfig | None, clock: ManualClock) -> Weigh:
+    """Weights of a file whose first row is of the run's start."""
+    if config is None:
+        return lambda _: USUAL
+    series = read_series(config)
+    return lambda _: series.at(series.start_s + clock.now_s())
 
 
 def _reseeded(config: TunerConfig, stream: int) -> TunerConfig:

@@ -73,7 +73,7 @@ class ExperienceSharing:
             tensor_parallel=1,
             role=tuner.role,
             quantization="none",
-            objective=f"{config.objective} ttft<={config.slo.ttft_s} tpot<={config.slo.tpot_s}",
+            objective=tuner.reward.learned_by(tuner.policy),
             window_s=config.window_s,
             feature_schema=FEATURE_SCHEMA,
             reward_schema=REWARD_SCHEMA,

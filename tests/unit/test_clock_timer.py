@@ -37,18 +37,18 @@ def timed(reading, took_s, timer=None):
     return timer
 
 
-def test_a_change_is_timed_to_half_a_poll(reading):
-    assert timed(reading, 0.0301).median_s == pytest.approx(0.0301, abs=0.0026)
+def test_a_change_is_over_when_it_was_first_seen_to_be(reading):
+    assert 0.0301 <= timed(reading, 0.0301).median_s <= 0.0301 + POLL_S
 
 
 def test_of_several_the_median_of_the_last_is_told(reading):
     timer = timed(reading, 0.2)
     for took_s in (0.03, 0.03, 0.15, 0.03):
         timed(reading, took_s, timer)
-    assert timer.median_s == pytest.approx(0.03, abs=0.003)
+    assert timer.median_s == pytest.approx(0.03, abs=POLL_S + 1e-9)
     for _ in range(KEPT):
         timed(reading, 0.1, timer)
-    assert timer.median_s == pytest.approx(0.1, abs=0.003)
+    assert timer.median_s == pytest.approx(0.1, abs=POLL_S + 1e-9)
 
 
 def test_a_clock_that_never_comes_is_unknown_and_one_that_seldom_does_takes_as_long_as_waited(
@@ -111,7 +111,7 @@ def test_the_loop_times_changes_while_it_waits_for_them_and_reads_no_more_otherw
     bench, reads = settling(0.04)
     bench.run(30.0)
     windows = [record.window for record in bench.records if record.window]
-    assert windows[-1].clock_change_s == pytest.approx(0.04, abs=0.004)
+    assert 0.04 <= windows[-1].clock_change_s <= 0.04 + POLL_S + 1e-9
     assert windows[0].clock_change_s is None
     changes = bench.tuner.control.changes
     assert changes > 8

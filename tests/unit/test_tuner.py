@@ -12,7 +12,9 @@ from agft_ray.errors import (
     LeaseHeldError,
     LeaseLostError,
 )
+from agft_ray.policy.goals import Goals
 from agft_ray.settings import TunerConfig
+from agft_ray.telemetry.energy_weight import EnergyWeight
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import MAX_FAULTS, Tuner
@@ -79,9 +81,11 @@ class ScriptedPolicy:
     """Plays the given arms in turn and remembers what it was told."""
 
     name = "scripted"
+    keeps_goals = False
 
     def __init__(self, *arms):
         self.arms = list(arms) or [1230]
+        self.goals = []
         self.outcomes = []
         self.prior = None
         self.error = None
@@ -96,6 +100,9 @@ class ScriptedPolicy:
 
     def update(self, outcome):
         self.outcomes.append(outcome)
+
+    def pursue(self, goals):
+        self.goals.append(goals)
 
     def merge(self, prior):
         self.prior = prior
@@ -731,6 +738,45 @@ def test_another_objective_or_slo_starts_learning_afresh():
     bench.tuner.reconfigure(TunerConfig(slo={"tpot_s": 0.1}))
     bench.run(4.0)
     assert bench.tuner.policy is not bench.policy
+
+
+def test_goals_reach_the_policy_when_they_change_and_what_is_no_reward_is_kept():
+    bench = Bench(1230)
+    bench.run(6.0)
+    changed = TunerConfig(bound=0.05, slo={"e2e_s": 9.0, "statistic": "p99"})
+    bench.tuner.reconfigure(changed)
+    bench.run(4.0)
+    assert bench.tuner.policy is bench.policy
+    told = list(dict.fromkeys(bench.policy.goals))
+    assert told == [Goals(), Goals(bound=0.05, e2e_s=9.0, statistic="p99")]
+
+
+def test_a_policy_that_keeps_goals_is_not_reset_beyond_an_slo():
+    bench = Bench(1230, slo={"tpot_s": 0.05}, slo_windows=2)
+    bench.policy.keeps_goals = True
+    bench.itl_s = 0.2
+    bench.run(30.0)
+    assert {record.decision.reason for record in bench.records[2:]} == {"scripted"}
+
+
+def test_the_weight_of_energy_reaches_the_policy_as_a_goal():
+    bench = Bench(1230)
+    weights = iter([0.5, 0.5, 2.0])
+    bench.tuner._weigh = lambda config: EnergyWeight(next(weights, 1.0), "late")
+    bench.run(20.0)
+    told = list(dict.fromkeys(goals.energy_weight for goals in bench.policy.goals))
+    assert told == [0.5, 2.0, 1.0]
+    assert bench.tuner.energy_weight.problem == "late"
+
+
+def test_a_policy_that_keeps_goals_survives_another_objective():
+    bench = Bench(1230)
+    bench.policy.keeps_goals = True
+    bench.run(6.0)
+    assert bench.tuner.reward.learned_by(bench.policy) == ""
+    bench.tuner.reconfigure(TunerConfig(objective="ed2p", slo={"tpot_s": 0.1}))
+    bench.run(4.0)
+    assert bench.tuner.policy is bench.policy
 
 
 def test_a_prior_reaches_the_policy_on_the_loops_own_thread():

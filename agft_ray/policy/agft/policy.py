@@ -17,6 +17,7 @@ from agft_ray.policy.agft.config import AgftConfig, AgftState
 from agft_ray.policy.agft.learner import AgftLearner
 from agft_ray.policy.agft.linucb import Prediction
 from agft_ray.policy.arms import grid, refined
+from agft_ray.policy.base import Policy
 from agft_ray.policy.experience import Experience, Prior
 from agft_ray.policy.reward import work_of
 from agft_ray.policy.statistics import Source, features_of, is_evidence
@@ -27,7 +28,7 @@ __all__ = ["AgftConfig", "AgftPolicy"]
 SNAPSHOT_SCHEMA = 2
 
 
-class AgftPolicy:
+class AgftPolicy(Policy):
     """Learns which SM clock gives the best reward at the present load. See `AgftConfig`."""
 
     name = "agft"
@@ -59,10 +60,6 @@ class AgftPolicy:
         best = int(np.argmax(greedy))
         chosen = int(np.argmax(greedy + learner.alpha() * prediction.widths))
         return Decision(_arm(keys[chosen]), "learn" if chosen == best else "explore")
-
-    def select_idle(self, arms: Sequence[int]) -> Decision:
-        """See `Policy.select_idle`."""
-        return Decision(min(arms, default=None), "idle")
 
     def _needs_baseline(self) -> bool:
         known = self._learner.bandit.count(DEFAULT_CLOCKS_KEY, Source.PRIOR)

@@ -18,25 +18,30 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from agft_ray.policy.goals import DELAY_EXPONENTS, Goals, Objective
 from agft_ray.policy.phases.config import PhasesConfig
-from agft_ray.policy.phases.latency import LatencyModel, Ratios, Slowdowns
+from agft_ray.policy.phases.latency import MAX_RATIO, LatencyModel, Ratios, Slowdowns
 from agft_ray.policy.phases.load import Load
 from agft_ray.policy.phases.power import IDLE_DEFAULT, IDLE_LAST, IDLE_LOWEST, Powers
 from agft_ray.policy.phases.step_time import StepTimes
+from agft_ray.policy.phases.tails import Tails
 from agft_ray.types import Arm, Plan
 
-DELAY_EXPONENTS = {"energy": 0.0, "edp": 1.0, "ed2p": 2.0}
 OFFSETS = np.array([0, 1, 2, 3, 4, 6, 8, 11, 15, 20])
 """Clocks of a phase that are considered at once: so many places from the present one."""
+OBJECTIVE: Objective = "energy"
+"""Where none is asked for."""
+KNOWN_RATIO = 0.95 * MAX_RATIO
+"""Predictions end there: no plan is slower, whatever the bounds are."""
 CURIOSITY = 0.004
 """What a clock not measured yet is worth trying for, as a share."""
-TTFT_MARGINS = 4.0
+TTFT_MARGINS = 5.0
 """Margins that predictions of TTFT, which are coarser, stay below its bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """All that a choice is made by."""
+    """All that is known when a choice is made."""
 
     prefill: StepTimes
     decode: StepTimes
@@ -46,6 +51,7 @@ class Models:
     """Time from the knowledge that a prompt is there until its clock is."""
     gpus: int
     """Set as one."""
+    tails: Tails
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +76,20 @@ class _Grid:
 
 
 def choose(
-    config: PhasesConfig, models: Models, arms: Sequence[int], now: Plan, may: tuple[bool, bool]
-) -> Choice | None:
+    config: PhasesConfig, goals: Goals, models: Models, arms: Sequence[int], now: Plan,
+    may: tuple[bool, bool],
+) -> Choice | None:  # fmt: skip
     """The best plan; None where nothing but default clocks keeps the bounds. `may` says of which
     phases, prefill and decode, enough is known to leave their highest clock."""
     top, lowest = max(arms), min(arms)
     one = uses_one_clock(config, models.gpus)
     grid = _candidates(config, models, arms, now, may, one)
     latency = LatencyModel(models.load, models.switch_s)
-    costs, ratios = _predict(config, models, latency, grid, top, lowest)
+    costs, ratios = _predict(goals, models, latency, grid, top, lowest)
     explores = (grid.prefill < models.prefill.lowest_mhz) | (grid.decode < models.decode.lowest_mhz)
     # What is not measured is predicted at its worst: there the margin is not needed.
     margin = np.where(explores, 0.0, config.margin)
-    fits = _within(config, models.load, latency, ratios, margin)
+    fits = _within(goals, models, latency.seen, ratios, margin)
     costs = np.where(explores, costs * (1.0 - CURIOSITY), costs)
     if not fits.any():
         return None
@@ -141,7 +148,7 @@ def _reachable(
 
 
 def _predict(
-    config: PhasesConfig, models: Models, latency: LatencyModel, grid: _Grid,
+    goals: Goals, models: Models, latency: LatencyModel, grid: _Grid,
     top: int, lowest: int,
 ) -> tuple[np.ndarray, Ratios]:  # fmt: skip
     load, powers = models.load, models.powers
@@ -166,24 +173,46 @@ def _predict(
     decode = np.maximum(1.0 - idle - prefill, 0.0)
     watts = prefill * powers.prefill_w(grid.prefill) + decode * powers.decode_w(grid.decode)
     watts = watts + idle * powers.idle_w[grid.idle_kind]
-    return watts * likely.e2e ** DELAY_EXPONENTS[config.objective], ratios
+    return _cost(goals, watts, likely.e2e), ratios
+
+
+def _cost(goals: Goals, watts: np.ndarray, e2e: np.ndarray) -> np.ndarray:
+    """Energy^w x E2E^m; without a latency in it, the weight w changes no order."""
+    exponent = DELAY_EXPONENTS[goals.objective or OBJECTIVE]
+    if not exponent:
+        return watts
+    return np.asarray(watts**goals.energy_weight * e2e**exponent)
+
+
+def allowed_increase(goals: Goals) -> float:
+    """How much longer latencies may be than at default clocks, as a share. Where only energy
+    counts, and counts for less than usual, less latency is spent to save it."""
+    is_energy = (goals.objective or OBJECTIVE) == "energy"
+    return goals.bound * min(1.0, goals.energy_weight) if is_energy else goals.bound
 
 
 def _within(
-    config: PhasesConfig, load: Load, latency: LatencyModel, ratios: Ratios, margin: np.ndarray
+    goals: Goals, models: Models, seen: Ratios, ratios: Ratios, margin: np.ndarray
 ) -> np.ndarray:
-    seen = latency.seen
     fits = np.ones(ratios.tpot.shape, dtype=bool)
-    for ratio, now, latest_s, slo_s, margins in (
-        (ratios.ttft, seen.ttft, load.ttft_s, config.ttft_slo_s, TTFT_MARGINS),
-        (ratios.tpot, seen.tpot, load.tpot_s, config.tpot_slo_s, 1.0),
-        (ratios.e2e, seen.e2e, load.e2e_s, config.e2e_slo_s, 1.0),
+    for name, slo_s, margins in (
+        ("ttft", goals.ttft_s, TTFT_MARGINS),
+        ("tpot", goals.tpot_s, 1.0),
+        ("e2e", goals.e2e_s, 1.0),
     ):
-        limit = 1.0 + config.bound - margins * margin
-        if slo_s is not None and latest_s > 0:
-            limit = np.maximum(1.0, slo_s / (latest_s / float(now[0])) - margins * margin)
-        fits &= ratio <= limit
+        limit = np.maximum(1.0, 1.0 + allowed_increase(goals) - margins * margin)
+        if slo_s is not None and (default_s := _default_s(goals, models, seen, name)):
+            limit = np.maximum(1.0, slo_s / default_s - margins * margin)
+        fits &= getattr(ratios, name) <= np.minimum(limit, KNOWN_RATIO)
     return fits
+
+
+def _default_s(goals: Goals, models: Models, seen: Ratios, name: str) -> float | None:
+    """What of a latency is bounded, as it would be at default clocks; None if not known yet."""
+    if goals.statistic == "p99":
+        return models.tails.p99_s(name)
+    of_load_s = float(getattr(models.load, f"{name}_s") / getattr(seen, name)[0])
+    return max(models.tails.mean_s(name) or 0.0, of_load_s) or None
 
 
 def _index(grid: _Grid, plan: Plan, top: int, lowest: int) -> int | None:

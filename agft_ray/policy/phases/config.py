@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from agft_ray.config import Count, Positive, StrictModel
+from agft_ray.config import Count, StrictModel
 
 
 class PhasesConfig(StrictModel):
@@ -14,18 +14,8 @@ class PhasesConfig(StrictModel):
 
     name: Literal["phases"] = "phases"
     """The policy."""
-    objective: Literal["energy", "edp", "ed2p"] = "energy"
-    """What is least, within the bounds: energy x E2E^m with m = 0, 1 or 2."""
-    bound: Annotated[float, Field(gt=0, le=1)] = 0.10
-    """How much longer mean TTFT, TPOT and E2E may be than at default clocks, as a share."""
     margin: Annotated[float, Field(ge=0, lt=0.1)] = 0.002
     """How far below the bound predictions must stay."""
-    ttft_slo_s: Positive | None = None
-    """Mean TTFT in s that takes the place of its relative bound."""
-    tpot_slo_s: Positive | None = None
-    """Mean TPOT in s that takes the place of its relative bound."""
-    e2e_slo_s: Positive | None = None
-    """Mean time in s of a whole request that takes the place of its relative bound."""
     clocks: Literal["auto", "one", "pair"] = "auto"
     """One clock for prefill and decode, or one each; auto: one each on a single GPU where a prefill
     step is long against a clock change."""

@@ -10,9 +10,10 @@ the ratio of TPOT itself (Little's law); iterated to its fixed point.
 TTFT. The rest of the decode step under way, own prefill, waiting behind other prefills as in M/G/1
 (Pollaczek-Khinchine, with prefill utilisation u), and what is lost while the clock rises:
     TTFT = d t_d/2 + s + u s c / (2 (1 - u)) + lag,  c = E[t_p²]/E[t_p]²,
-d the share of time in decode steps, s the time of a prompt's own steps. The clock is there L after the prompt: until then it advances
-at the clock before, so that `lag = L' (1 - h_p(f_p) / h_p(f))`. L' is L for a prompt that finds the
-engine empty, else what is left of L once the decode step under way is over.
+d the share of time in decode steps, s the time of a prompt's own steps. The clock is there L after
+the prompt: until then it advances at the clock before, so that `lag = L' (1 - h_p(f_p) / h_p(f))`.
+L' is L for a prompt that finds the engine empty, else what is left of L once the decode step under
+way is over.
 
 E2E is both, in their shares. All arguments may be arrays of one shape.
 """

@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from agft_ray.policy.experience import Experience, Prior
+from agft_ray.policy.base import Policy
+from agft_ray.policy.goals import Goals
 from agft_ray.policy.phases import load as loads
 from agft_ray.policy.phases import power, step_time
 from agft_ray.policy.phases.choice import Choice, Models, choose, idle_kind
 from agft_ray.policy.phases.config import PhasesConfig
-from agft_ray.policy.phases.latency import left_of_switch_s
+from agft_ray.policy.phases.latency import LatencyModel, left_of_switch_s
 from agft_ray.policy.phases.power import PowerSums
+from agft_ray.policy.phases.tails import Tails
 from agft_ray.policy.phases.work import WorkSums, decode_work, key_of, prefill_work
 from agft_ray.policy.statistics import is_evidence
 from agft_ray.types import Arm, Context, Decision, Outcome, Plan, Window
 
-SNAPSHOT_SCHEMA = 1
+SNAPSHOT_SCHEMA = 2
 MIN_DECODE_STEPS, MIN_PREFILL_STEPS = 12.0, 3.0
 """Steps at a clock from which on it counts as measured: none lower is tried before."""
 DRIFT_GAIN = 0.05
@@ -72,7 +74,7 @@ class _State(BaseModel):
     gpus: int = 1
 
 
-class PhasesPolicy:
+class PhasesPolicy(Policy):
     """Learns step times and power by phase, predicts, and takes the cheapest plan within bounds.
 
     What the models are: `step_time`, `power`, `latency`; how a plan is chosen, and why walking
@@ -82,13 +84,20 @@ class PhasesPolicy:
     """
 
     name = "phases"
+    keeps_goals = True
 
     def __init__(self, config: PhasesConfig) -> None:
         self._config = config
+        self._goals = Goals()
         self._prefill, self._decode = WorkSums(), WorkSums()
         self._power = PowerSums()
+        self._tails = Tails()
         self._state = _State()
         self._cached: tuple[Any, Models] | None = None
+
+    def pursue(self, goals: Goals) -> None:
+        """See `Policy.pursue`: what was learned is physics, and stays."""
+        self._goals = goals
 
     # -- choosing ------------------------------------------------------------------------------
 
@@ -120,7 +129,8 @@ class PhasesPolicy:
         return Decision.of(replace(plan, idle=idle), "idle")
 
     def _choose(self, arms: Sequence[int], may: tuple[bool, bool]) -> Choice | None:
-        return choose(self._config, self._models(max(arms)), arms, Plan(*self._state.held), may)
+        models, now = self._models(max(arms)), Plan(*self._state.held)
+        return choose(self._config, self._goals, models, arms, now, may)
 
     def _probe_is_due(self, arms: Sequence[int]) -> bool:
         share, state = self._config.probe_share, self._state
@@ -141,7 +151,10 @@ class PhasesPolicy:
             lowest = prefill.lowest_mhz, decode.lowest_mhz
             powers = power.fit(self._power, top_mhz, math.log1p(load.others), lowest)
             state = self._state
-            self._cached = key, Models(prefill, decode, powers, load, state.switch_s, state.gpus)
+            self._cached = (
+                key,
+                Models(prefill, decode, powers, load, state.switch_s, state.gpus, self._tails),
+            )
         return self._cached[1]
 
     # -- learning ------------------------------------------------------------------------------
@@ -159,6 +172,7 @@ class PhasesPolicy:
         self._power.scale(config.forgetting)
         self._learn_steps(window, plan)
         self._learn_power(window, plan)
+        self._learn_tails(window)
         totals = loads.totals_of(window)
         running = loads.averaged(np.array(state.load), totals, window.duration_s, config.memory_s)
         state.load = running.tolist()
@@ -220,6 +234,11 @@ class PhasesPolicy:
         x = power.exposure(shares, (plan.prefill, plan.decode), idle_kind(plan, None), batch)
         self._power.add(x, window.mean_power_w, shares[2] * duration_s)
 
+    def _learn_tails(self, window: Window) -> None:
+        if self._cached is not None:
+            seen = LatencyModel(self._cached[1].load, self._state.switch_s).seen
+            self._tails.add(window, seen, self._config.memory_s)
+
     def _notice_drift(self, window: Window, plan: Plan) -> None:
         """Compare step times at clocks already measured with what the models say."""
         if self._cached is None or not all(self._state.ready):
@@ -250,13 +269,6 @@ class PhasesPolicy:
 
     # -- sharing, keeping, telling -------------------------------------------------------------
 
-    def experience(self) -> Experience | None:
-        """Nothing yet: the sums could be added over replicas, but not in today's form."""
-        return None
-
-    def merge(self, prior: Prior) -> None:
-        """Nothing of others is of use yet."""
-
     def snapshot(self) -> dict[str, Any]:
         """The whole state; see `Policy.snapshot`."""
         return {
@@ -266,6 +278,7 @@ class PhasesPolicy:
             "prefill": self._prefill.snapshot(),
             "decode": self._decode.snapshot(),
             "power": self._power.snapshot(),
+            "tails": self._tails.snapshot(),
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -280,10 +293,11 @@ class PhasesPolicy:
             state = _State.model_validate(snapshot["state"])
             prefill, decode = (WorkSums.restored(snapshot[name]) for name in ("prefill", "decode"))
             powers = PowerSums.restored(snapshot["power"])
+            tails = Tails.restored(snapshot["tails"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"snapshot of phases is malformed: {error!r}") from None
         self._state, self._power = state, powers
-        self._prefill, self._decode = prefill, decode
+        self._prefill, self._decode, self._tails = prefill, decode, tails
         self._cached = None
 
     def status(self) -> dict[str, Any]:

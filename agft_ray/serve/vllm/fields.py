@@ -18,7 +18,7 @@ ITERATION_FIELDS = (
     "inter_token_latencies_iter",
     "finished_requests",
 )
-FINISHED_FIELDS = ("e2e_latency",)
+FINISHED_FIELDS = ("e2e_latency", "mean_time_per_output_token")
 PREFIX_FIELDS = ("queries", "hits")
 DETAILS_FIELDS = ("num_ctx_tokens", "num_generation_tokens", "elapsed_ms", "is_dummy")
 """What is read of vLLM's statistics, which it calls unstable; these names hold for 0.29 to 0.32."""

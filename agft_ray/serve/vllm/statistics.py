@@ -232,12 +232,13 @@ class VllmStats:
         stats.prompt_tokens += iteration.num_prompt_tokens
         stats.generation_tokens += iteration.num_generation_tokens
         stats.preemptions += iteration.num_preempted_reqs
-        stats.ttft_sum_s += sum(ttfts_s)
-        stats.ttft_count += len(ttfts_s)
+        for ttft_s in ttfts_s:
+            stats.on_ttft(ttft_s)
         stats.itl_sum_s += sum(itls_s)
         stats.itl_count += len(itls_s)
         for finished in iteration.finished_requests:
-            stats.on_finish(e2e_s=finished.e2e_latency)
+            tpot_s = finished.mean_time_per_output_token or None  # 0 of a single token
+            stats.on_finish(e2e_s=finished.e2e_latency, tpot_s=tpot_s)
         if not self._has_details:
             tokens = iteration.num_prompt_tokens + iteration.num_generation_tokens
             # Of all requests served, the least waited for the step alone and not in a queue.

@@ -13,6 +13,7 @@ from agft_ray.actors.tuner_status import (
     with_tuner,
 )
 from agft_ray.replay.result import ReplicaStatus
+from agft_ray.telemetry.energy_weight import EnergyWeight
 from agft_ray.telemetry.status import TunerState, TunerStatus
 from agft_ray.types import Actuator, Mode, Plan, ServeWindow
 
@@ -71,6 +72,7 @@ def test_of_the_loop():
         mode=Mode.OBSERVE,
         policy=SimpleNamespace(name="agft"),
         gpu=gpu(),
+        energy_weight=EnergyWeight(1.0, "away"),
     )
     status = with_tuner(STARTING, tuner, None).as_dict()
     assert type(status["state"]) is str
@@ -85,6 +87,8 @@ def test_of_the_loop():
         "clock_change_s",
         "plan",
         "reset_due",
+        "energy_weight",
+        "energy_weight_problem",
         "last_reward",
         "last_decision",
         "last_note",

@@ -10,14 +10,14 @@ import pytest
 
 from agft_ray.cli.app import _parser, main
 from agft_ray.policy import imported
-from agft_ray.settings import TunerConfig
+from agft_ray.policy.goals import Objective
 from agft_ray.study.policy_specs import SEARCHES, policies
 from agft_ray.virtual.routers import RouterName
 
 NAMES = {
     "--policy": {*policies(), *SEARCHES},
     "--router": {*get_args(RouterName)},
-    "--objective": {*get_args(TunerConfig.model_fields["objective"].annotation)},
+    "--objective": {*get_args(Objective)},
 }
 
 

@@ -70,6 +70,21 @@ def test_default_clocks_come_first_wherever_they_are_named(tmp_path, named):
     assert policies == ["default", *(policy for policy in named if policy != "default")]
 
 
+def test_goals_reach_the_policy(tmp_path, capsys):
+    (tmp_path / "weights.csv").write_text("time,weight\n2026-01-01T00:00Z,0\n")
+    changes = {}
+    for goals in (
+        ["--bound", "0.1"],
+        ["--bound", "0.05"],
+        ["--slo-e2e", "99", "--slo-tpot", "0.06"],
+        ["--objective", "edp"],
+        ["--energy-weight", str(tmp_path / "weights.csv")],
+    ):
+        runs = simulated(tmp_path, "--policy", "phases", *goals)
+        changes[goals[0], goals[1]] = runs[1]["energy_j"] / runs[0]["energy_j"]
+    assert len({*changes.values()}) == 5, "each leads to another run"
+
+
 def test_searches_and_slo_from_the_command_line(tmp_path, capsys):
     arguments = ["--policy", "best_static", "--policy", "frontier", "--clock-step-mhz", "630"]
     runs = simulated(tmp_path, *arguments, "--slo-ttft", "1", "--slo-tpot", "0.05", "--details")
@@ -100,6 +115,9 @@ def test_searches_and_slo_from_the_command_line(tmp_path, capsys):
         (["--policy", "volta"], "volta.* tpot_slo_s: .*--slo-tpot"),
         (["--gpu", "rtx_9999"], "'rtx_9999'.* a100_sxm_80gb, "),
         (["--model", "gpt-9"], "'gpt-9'.* llama-3.1-8b"),
+        (["--bound", "0"], r"\bbound: .* 0, got 0\.0"),
+        (["--energy-weight", "nowhere.csv"], r"energy_weight: nowhere\.csv: .*No such file"),
+        (["--energy-weight", "http://host/x"], r"energy_weight: .*file in virtual time"),
         (["--keep", "0"], r"\bkeep: .* 0, got 0\.0"),
         (["--replicas", "0"], r"\breplicas: .* 1, got 0"),
         (["--router", "random"], r"\brouter: .*'power_of_two' or 'round_robin'"),

@@ -126,7 +126,7 @@ def test_one_plan_for_all_seeds_and_a_record_of_each():
 
 def test_means_are_bounded_over_all_seeds_together():
     defaults = [replace(DEFAULT, seed=seed) for seed in (0, 1)]
-    bounds = [Bounds.of(default, SLO_FREE) for default in defaults]
+    bounds = [Bounds.of(default, SLO_FREE, 0.10) for default in defaults]
     fast, slow = (record("pair:900/900", 400.0, e2e_s) for e2e_s in (5.1, 5.8))
     assert not allowed(bounds[:1], [slow])
     assert allowed(bounds, [fast, slow])

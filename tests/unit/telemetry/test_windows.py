@@ -1,7 +1,7 @@
 import pytest
 
 from agft_ray.telemetry.windows import WindowRejectedError, close_window
-from agft_ray.types import COUNTERS, EventReason, Plan, ServeWindow, StepTotals
+from agft_ray.types import COUNTERS, EventReason, Histogram, Plan, ServeWindow, StepTotals
 
 
 def close(engine, gpu, **changes):
@@ -96,14 +96,18 @@ def test_what_makes_no_window(engine, gpu, make_engine_sample, make_gpu_sample):
         close(engine, gpu, window_s=0.5)
 
 
+NUMBERS = [name for name in COUNTERS if not name.endswith(("_steps", "_histogram"))]
+
+
 @pytest.mark.parametrize("name", COUNTERS)
 def test_a_window_has_what_each_counter_has_grown_by(name, gpu, make_engine_sample):
-    one, two = (5, 8) if not name.endswith("_steps") else (StepTotals(5), StepTotals(8))
+    counter = {"steps": StepTotals, "histogram": lambda n: Histogram((n,))}
+    one, two = map(counter.get(name.rpartition("_")[2], int), (5, 8))
     samples = [make_engine_sample(10.0, **{name: one}), make_engine_sample(12.0, **{name: two})]
     assert getattr(close(samples, gpu), name) == two - one
 
 
-@pytest.mark.parametrize("name", [name for name in COUNTERS if not name.endswith("_steps")])
+@pytest.mark.parametrize("name", NUMBERS)
 def test_a_counter_that_fell_and_rose_again_makes_no_window(name, gpu, make_engine_sample):
     samples = [make_engine_sample(10.0 + i, **{name: n}) for i, n in enumerate((5, 4, 8))]
     with pytest.raises(WindowRejectedError, match=f"went backwards: {name}$"):

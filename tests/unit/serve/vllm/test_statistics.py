@@ -66,6 +66,7 @@ class OldScheduler:
 @dataclasses.dataclass
 class Finished:
     e2e_latency: float
+    mean_time_per_output_token: float = 0.0
 
 
 @dataclasses.dataclass
@@ -98,7 +99,7 @@ def entry_points():
 
 def test_iterations_are_added_up():
     stats = connected()
-    first = Iteration(100, 3, 1, [0.5, 0.25, 0.25], [0.125], [Finished(2.0), Finished(3.0)])
+    first = Iteration(100, 3, 1, [0.5, 0.25, 0.25], [0.125], [Finished(2.0), Finished(3.0, 0.1)])
     stats.record(Scheduler(prefix_cache_stats=Prefix(100, 64)), first, 0)
     stats.record(Scheduler(prefix_cache_stats=Prefix(10, 0)), Iteration(0, 2, 0, [], [0.25] * 2), 0)
     sample = stats.sample(7.0)
@@ -107,6 +108,8 @@ def test_iterations_are_added_up():
     assert (sample.ttft_sum_s, sample.ttft_count) == (1.0, 3)
     assert (sample.itl_sum_s, sample.itl_count) == (0.625, 3)
     assert (sample.e2e_sum_s, sample.e2e_count) == (5.0, 2)
+    histograms = sample.ttft_histogram, sample.tpot_histogram, sample.e2e_histogram
+    assert [sum(each.counts) for each in histograms] == [3, 1, 2]
     assert (sample.prefix_cache_queries, sample.prefix_cache_hits) == (110, 64)
 
 
@@ -319,7 +322,7 @@ def test_an_engine_that_does_not_load_the_plugin_is_told_why(allowed, hint, monk
 
 
 def test_fields_that_are_there_are_not_missed():
-    assert missing_fields(OldScheduler(), Iteration(), ["e2e_latency", "other"]) == ""
+    assert missing_fields(OldScheduler(), Iteration(), [*FINISHED_FIELDS, "other"]) == ""
 
 
 def test_missing_fields_are_named():
