@@ -22,8 +22,9 @@ class ClockTimer:
     """Times changes of a busy GPU's clock, from before the call until it runs at its lock.
 
     Over when it was first seen to be, so rather too long than too short: prompts pay for what is
-    missed. A change that is not over when waiting is counts with the time waited, the least it can be,
-    unless something else holds the clock down; while none was ever seen to end, nothing is known.
+    missed. A change that is not over when waiting is counts with the time waited, the least it can
+    be, unless something else holds the clock down; while none was ever seen to end, nothing is
+    known.
     """
 
     def __init__(self) -> None:
