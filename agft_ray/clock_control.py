@@ -6,8 +6,9 @@ import logging
 from collections.abc import Sequence
 
 from agft_ray.clock import Clock
-from agft_ray.clock_standing import AS_FOUND, AT_DEFAULT, Hold, Standing
+from agft_ray.clock_standing import AS_FOUND, AT_DEFAULT, Hold, Standing, is_lower
 from agft_ray.clock_standing import Obstacle as Obstacle
+from agft_ray.clock_timer import TOLERANCE, ClockTimer
 from agft_ray.errors import (
     GpuArgumentError,
     GpuError,
@@ -33,8 +34,6 @@ from agft_ray.types import (
 
 log = logging.getLogger(__name__)
 
-CLOCK_TOLERANCE = 0.02
-"""How far the SM clock of a busy GPU may lie from the lock, as a share of it."""
 MISMATCHES_TO_DROP = 2
 """Windows in a row that ended off their lock after which an arm counts as not kept by the GPU."""
 FAILURES_TO_WITHDRAW = 4
@@ -65,6 +64,8 @@ class ClockControl:
         self.rises = Rises()
         """Of the clock to that of prefill, within plans."""
         self._pace, self._steady_s = Pace(), 0.0
+        self.timer = ClockTimer()
+        self._reading: GpuSample | None = None
         self._seen: GpuSample | None = None
         self.dropped: set[int] = set()
         """Arms that the GPU does not keep or offer, whatever it says."""
@@ -149,6 +150,7 @@ class ClockControl:
         Raises `GpuTransientError` or `GpuLostError`; what is permanent is dealt with here.
         """
         was_due, arm, self._seen = self.reset_due, plan.at(self.phase), None
+        self.timer.stop()
         if not self._lock(arm, settle_s):
             return
         if plan != self.plan or was_due:
@@ -179,7 +181,7 @@ class ClockControl:
         if self.plan.is_uniform or arm == self.locked:
             return
         now_s, before = self._clock.now_s(), self.changes
-        if not self._pace.allows(now_s, lowers=_is_lower(arm, self.locked)):
+        if not self._pace.allows(now_s, lowers=is_lower(arm, self.locked)):
             return
         self._lock(arm, settle_s)
         if self.changes > before:
@@ -193,6 +195,7 @@ class ClockControl:
         if arm in self.dropped and arm != self.locked:
             self._count_refusal(arm, "it was dropped, and there is no other")
             return False
+        called_s = self._clock.now_s()
         try:
             if arm is None:
                 self._gpu.reset()
@@ -216,6 +219,8 @@ class ClockControl:
         self.changes += arm != self.locked
         self._become(hold=Hold.after(arm))
         self._steady_s = self._clock.now_s() + settle_s
+        if self._gpu.actuator is Actuator.SM_CLOCK:
+            self.timer.begin(arm, called_s, self._reading)
         return True
 
     def others(self, readings: Sequence[GpuSample], plan: Plan, is_ours: bool) -> str:
@@ -245,6 +250,7 @@ class ClockControl:
 
     def see(self, reading: GpuSample) -> None:
         """Keep it for `judge` if its lock has been in force long enough to be followed."""
+        self._reading = reading
         if reading.t_s >= self._steady_s:
             self._seen = reading
 
@@ -261,7 +267,7 @@ class ClockControl:
         if lock is None or not self._is_evidence(reading):
             return
         off_mhz = reading.sm_clock_mhz - lock
-        if abs(off_mhz) <= CLOCK_TOLERANCE * lock:
+        if abs(off_mhz) <= TOLERANCE * lock:
             self._mismatches = 0
             return
         self._mismatches += 1
@@ -341,8 +347,3 @@ class ClockControl:
             Obstacle.YIELDED,
             f"{found}: somebody else sets clocks; end that, then send new settings",
         )
-
-
-def _is_lower(arm: Arm, than: Arm) -> bool:
-    """Default clocks are above all others."""
-    return arm is not None and (than is None or arm < than)

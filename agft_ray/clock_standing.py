@@ -77,3 +77,8 @@ class Hold:
 
 AS_FOUND = Hold(due=True)
 AT_DEFAULT = Hold()
+
+
+def is_lower(arm: Arm, than: Arm) -> bool:
+    """Default clocks are above all others."""
+    return arm is not None and (than is None or arm < than)

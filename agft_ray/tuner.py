@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from agft_ray.clock import Clock
 from agft_ray.clock_control import ClockControl
+from agft_ray.clock_timer import POLL_S
 from agft_ray.errors import GpuError, GpuLostError, GpuTransientError, StaleMetricsError
 from agft_ray.fail_safe import FailSafe
 from agft_ray.gpu.base import Gpu
@@ -227,9 +228,9 @@ class Tuner:
     def _observe(self) -> Generator[float, None, tuple[Window | None, str]]:
         """One window under the present plan; or None, and why there is none."""
         config = self.config
-        start_s = max(self.clock.now_s(), self.control.settled_s)
+        yield from self._settle()
+        start_s = self.clock.now_s()
         end_s = start_s + config.window_s
-        yield start_s
         readings, rises = [self._read()], self.control.rises
         while (now_s := self.clock.now_s()) < end_s:
             if self._stopped or self._pending:
@@ -252,12 +253,22 @@ class Tuner:
                 gpu=readings,
                 serve=self.serve.window(self.clock.now_s()),
                 rises=self.control.rises - rises,
+                clock_change_s=self.control.timer.median_s,
             )
         except (StaleMetricsError, WindowRejectedError) as error:
             return None, str(error)
         if self._controls and (problem := self.control.judge(window)):
             return None, problem
         return window, ""
+
+    def _settle(self) -> Iterator[float]:
+        """Wait until a change of plan is over, and meanwhile see how long it takes."""
+        control = self.control
+        while control.timer.is_running and (now_s := self.clock.now_s()) < control.settled_s:
+            control.timer.see(self._read())
+            yield min(now_s + POLL_S, control.settled_s)
+        control.timer.give_up(self.clock.now_s(), self.config.settle_s)
+        yield max(self.clock.now_s(), control.settled_s)
 
     def _read(self) -> GpuSample:
         if self._raised:
@@ -286,16 +297,18 @@ class Tuner:
     def _decide(self, window: Window | None, note: str) -> Decision:
         """The next arm. Default clocks wherever the loop cannot know or must not interfere."""
         was_waiting = self.waits_for_work
-        throttled = window is not None and bool(window.event_reasons & THROTTLED)
-        if rest := self._reason_to_rest(window, throttled, note):
+        safe = self._fail_safe
+        safe.see(window, self.config, self.reward, interrupted=note in (INTERRUPTED, WOKEN))
+        at_default = self.control.plan.is_default
+        if rest := safe.reason(
+            self.config, cut_off=self.is_cut_off, holdout=self.holdout, at_default=at_default
+        ):
             self.state = rest
             return Decision(None, rest)
-        pressed = self._fail_safe.is_pressed
-        tuning = TunerState.PRESSURE if pressed else TunerState.TUNING
-        self.state = TunerState(
-            self.control.state or (tuning if self._controls else TunerState.OBSERVING)
-        )
-        if pressed:
+        tuning = TunerState.PRESSURE if safe.is_pressed else TunerState.TUNING
+        doing = tuning if self._controls else TunerState.OBSERVING
+        self.state = TunerState(self.control.state or doing)
+        if safe.is_pressed:
             return Decision(None, TunerState.PRESSURE)
         if not self.arms:
             return Decision(None, "no arms")
@@ -305,27 +318,9 @@ class Tuner:
             self._context = extract(window)
         if self._context is None:
             return Decision(None, "no load yet")
-        if (window is None or throttled) and not was_waiting:
+        if (window is None or safe.is_throttled) and not was_waiting:
             return Decision.of(self.control.plan, "hold")
         return self.policy.select(self._context, self.arms)
-
-    def _reason_to_rest(
-        self, window: Window | None, throttled: bool, note: str
-    ) -> TunerState | None:
-        self._fail_safe.see(
-            window,
-            self.config,
-            throttled=throttled,
-            beyond_slo=window is not None and self.reward.violates_slo(window),
-            interrupted=note in (INTERRUPTED, WOKEN),
-        )
-        return self._fail_safe.reason(
-            self.config,
-            throttled=throttled,
-            cut_off=self.is_cut_off,
-            holdout=self.holdout,
-            at_default=self.control.plan.is_default,
-        )
 
     # -- faults ------------------------------------------------------------------------------------
 

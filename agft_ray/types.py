@@ -125,6 +125,8 @@ class GpuSample:
     """How `power_w` was had: "instant", or "average" (over about a second) on older drivers."""
     energy_source: str = "counter"
     """"counter", or "integrated": from polled power, where the GPU has no energy counter."""
+    gpus: int = 1
+    """Of how many GPUs it is the reading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +261,11 @@ class Window(EngineCounters):
     """The plan in force during the window; None where nobody has told: the arm throughout."""
     rises: Rises = Rises()
     """Changes within the plan to the clock of prefill; those of a plan with one arm are none."""
+    clock_change_s: float | None = None
+    """How long a change of the clock takes on this GPU, the call included: the median of the last
+    ones; None while it is not known."""
+    gpus: int = 1
+    """How many GPUs serve the engine and are set as one."""
 
     @property
     def duration_s(self) -> float:

@@ -17,6 +17,7 @@ GAUGES = {
     "agft_power_w": "Mean power of the window",
     "agft_tpot_s": "Mean time per output token of the window",
     "agft_reward": "Reward of the window",
+    "agft_clock_change_s": "How long a change of the SM clock takes, median of the last ones",
     "agft_tuner_tuning": "1 while a policy chooses the clock, else 0",
 }
 COUNTERS = {
@@ -24,6 +25,7 @@ COUNTERS = {
     "agft_phase_changes": "Those of them within a plan, when the engine did something else",
     "agft_energy_j": "Energy of all windows",
     "agft_windows": "Windows observed",
+    "agft_pressure_windows": "Those of them after which pressure led to default clocks",
 }
 """Ray exports all of them as `ray_agft_*`, counters with `_total` behind it."""
 _LOCKED = {
@@ -60,9 +62,11 @@ class TunerMetrics:
         self._power = gauge("agft_power_w")
         self._tpot = gauge("agft_tpot_s")
         self._reward = gauge("agft_reward")
+        self._clock_change = gauge("agft_clock_change_s")
         self._tuning = gauge("agft_tuner_tuning")
         self._energy = counter("agft_energy_j")
         self._windows = counter("agft_windows")
+        self._pressure = counter("agft_pressure_windows")
 
     def show(self, tuner: Tuner) -> None:
         """Publish what is in force, every second or so, also while there are no windows."""
@@ -77,6 +81,8 @@ class TunerMetrics:
     def export(self, record: WindowRecord) -> None:
         """Publish a window; what is unknown keeps its last value."""
         self._windows.inc()
+        if record.decision.reason == TunerState.PRESSURE:
+            self._pressure.inc()
         window = record.window
         if window is None:
             return
@@ -86,5 +92,7 @@ class TunerMetrics:
             self._energy.inc(window.energy_j)
         if window.tpot_s is not None:
             self._tpot.set(window.tpot_s)
+        if window.clock_change_s is not None:
+            self._clock_change.set(window.clock_change_s)
         if record.reward is not None:
             self._reward.set(record.reward)

@@ -112,6 +112,7 @@ def combine(samples: Sequence[GpuSample]) -> GpuSample:
         temperature_c=max(temperatures, default=None),
         power_source=_worst((s.power_source for s in samples), "instant"),
         energy_source=_worst((s.energy_source for s in samples), "counter"),
+        gpus=sum(s.gpus for s in samples),
     )
 
 

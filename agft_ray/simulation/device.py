@@ -205,6 +205,7 @@ class Device:
             locked=s.locked_sm_clock_mhz,
             event_reasons=self._event_reasons(point),
             temperature_c=temperature.zero_power_c + temperature.rise_c_per_w * gpu_w,
+            gpus=self._model.tensor_parallel,
         )
 
     def _event_reasons(self, point: _Point) -> EventReason:

@@ -67,6 +67,8 @@ class TunerStatus:
     clock_changes: int | Unknown = UNKNOWN
     phase_changes: int | Unknown = UNKNOWN
     """Those of them within a plan."""
+    clock_change_s: float | Unknown | None = UNKNOWN
+    """How long a change of the clock takes, the call included: the median of the last ones."""
     plan: tuple[Arm, Arm, Arm] | Unknown = UNKNOWN
     """The arms in force for prefill, decode and an empty engine; None: default clocks."""
     reset_due: bool | Unknown = UNKNOWN

@@ -38,6 +38,7 @@ def close_window(
     gpu: Sequence[GpuSample],
     serve: ServeWindow | None,
     rises: Rises | None = None,
+    clock_change_s: float | None = None,
 ) -> Window:
     """The window between the first and the last engine sample.
 
@@ -75,6 +76,8 @@ def close_window(
         serve=serve,
         plan=plan,
         rises=rises or Rises(),
+        clock_change_s=clock_change_s,
+        gpus=gpu[-1].gpus,
     )
 
 

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pynvml
 import pytest
 
 from agft_ray.clock import ManualClock, WallClock
+from agft_ray.clock_timer import ClockTimer
 from agft_ray.errors import GpuArgumentError
+from agft_ray.gpu.group import GpuGroup
 from agft_ray.gpu.leased import LeasedGpu
 from agft_ray.gpu.nvml import backend as nvml_backend
 from agft_ray.gpu.nvml.backend import NvmlGpu
@@ -20,6 +23,7 @@ from agft_ray.gpu.simulated import InMemoryGpu, SimulatedGpu
 from agft_ray.simulation.device import Device
 from agft_ray.simulation.device_file import DeviceFile
 from agft_ray.simulation.profiles import load_gpu_profile
+from agft_ray.types import EventReason
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fake_nvml"))
 from fake_nvml import FakeNvml, build, use_in_pynvml
@@ -115,6 +119,27 @@ def test_a_lock_takes_effect_after_the_delay_and_not_before(gpu, wait):
     assert during.locked == 900
     wait(LONGEST_DELAY_S)
     assert gpu.read().sm_clock_mhz == 900
+
+
+def test_a_change_can_be_timed_and_until_its_clock_is_there_nothing_is_known(gpu, wait):
+    def busy_reading():
+        return replace(gpu.read(), event_reasons=EventReason.NONE)
+
+    wait(10.0)
+    timer, before = ClockTimer(), busy_reading()
+    gpu.lock(900)
+    timer.begin(900, before.t_s, before)
+    timer.see(busy_reading())
+    assert (timer.is_running, timer.median_s) == (True, None)
+    wait(LONGEST_DELAY_S)
+    timer.see(busy_reading())
+    assert not timer.is_running
+    assert 0.4 * LONGEST_DELAY_S < timer.median_s < 1.0
+
+
+def test_it_says_of_how_many_gpus_it_reads(gpu):
+    assert gpu.read().gpus == 1
+    assert GpuGroup([gpu, gpu]).read().gpus == 2
 
 
 def test_every_supported_clock_can_be_locked(gpu, wait):

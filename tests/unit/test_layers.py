@@ -29,7 +29,7 @@ ROOMS = [
     {"gpu"},
     {"settings"},
     {"switch"},
-    {"pressure", "fail_safe", "clock_standing", "clock_control", "tuner"},
+    {"pressure", "fail_safe", "clock_timer", "clock_standing", "clock_control", "tuner"},
     {"virtual"},
     {"results"},
     {"study"},

@@ -6,7 +6,7 @@ import pytest
 
 from agft_ray.pressure import Pressure
 from agft_ray.settings import TunerConfig
-from tests.unit.test_tuner import Bench
+from unit.test_tuner import Bench
 
 CONFIG = TunerConfig(calm_windows=3)
 

@@ -46,6 +46,10 @@ class Models:
     decode: StepTimes
     powers: Powers
     load: Load
+    switch_s: float
+    """Time from the knowledge that a prompt is there until its clock is."""
+    gpus: int
+    """Set as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +79,9 @@ def choose(
     """The best plan; None where nothing but default clocks keeps the bounds. `may` says of which
     phases, prefill and decode, enough is known to leave their highest clock."""
     top, lowest = max(arms), min(arms)
-    one = uses_one_clock(config, models.load)
+    one = uses_one_clock(config, models)
     grid = _candidates(config, models, arms, now, may, one)
-    latency = LatencyModel(models.load, config.switch_s)
+    latency = LatencyModel(models.load, models.switch_s)
     costs, ratios = _predict(config, models, latency, grid, top, lowest)
     explores = (grid.prefill < models.prefill.lowest_mhz) | (grid.decode < models.decode.lowest_mhz)
     # What is not measured is predicted at its worst: there the margin is not needed.
@@ -100,12 +104,13 @@ def choose(
     )  # fmt: skip
 
 
-def uses_one_clock(config: PhasesConfig, load: Load) -> bool:
-    """Prefill and decode share a clock: by settings, or as steps are too short for a change."""
+def uses_one_clock(config: PhasesConfig, models: Models) -> bool:
+    """Prefill and decode share a clock: by settings, as several GPUs would have to change at once,
+    or as steps are too short for a change."""
     if config.clocks != "auto":
         return config.clocks == "one"
-    step_s = load.prefill_step_s
-    return 0 < step_s < LONG_STEP * config.switch_s
+    step_s = models.load.prefill_step_s
+    return models.gpus > 1 or 0 < step_s < LONG_STEP * models.switch_s
 
 
 def _candidates(

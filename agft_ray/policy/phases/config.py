@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from agft_ray.config import Count, NonNegative, Positive, StrictModel
+from agft_ray.config import Count, Positive, StrictModel
 
 
 class PhasesConfig(StrictModel):
@@ -27,10 +27,8 @@ class PhasesConfig(StrictModel):
     e2e_slo_s: Positive | None = None
     """Mean time in s of a whole request that takes the place of its relative bound."""
     clocks: Literal["auto", "one", "pair"] = "auto"
-    """One clock for prefill and decode, or one each; auto: one each where a prefill step is long
-    against a clock change."""
-    switch_s: NonNegative = 0.03
-    """Time from the knowledge that a prompt is there until its clock is."""
+    """One clock for prefill and decode, or one each; auto: one each on a single GPU where a prefill
+    step is long against a clock change."""
     baseline_decode_steps: Count = 100
     """Decode steps at default clocks before the first step down."""
     baseline_prefill_steps: Count = 12

@@ -37,6 +37,9 @@ RELEARN_FACTOR = 0.02
 PREFILL_PROBES = 0.1
 """Share of the windows with prefill in which that alone is at default clocks: its steps are few and
 differ much, so that more of them are needed; and cost little, being a small part of the time."""
+CALL_S, CHANGE_S = 0.005, 0.025
+"""From the knowledge that a prompt is there until the GPU is called; how long its clock takes to
+change, until that is measured."""
 PROBE_UTILIZATION = 0.8
 """No default clocks to measure them where an engine is busier."""
 
@@ -62,6 +65,9 @@ class _State(BaseModel):
     relearned: int = 0
     """How often what was learned was given up."""
     windows: int = 0
+    switch_s: float = CALL_S + CHANGE_S
+    """Time from the knowledge that a prompt is there until its clock is: the last one measured."""
+    gpus: int = 1
 
 
 class PhasesPolicy:
@@ -132,7 +138,8 @@ class PhasesPolicy:
             load = loads.load_of(self._state.load, prefill, decode)
             lowest = prefill.lowest_mhz, decode.lowest_mhz
             powers = power.fit(self._power, top_mhz, math.log1p(load.others), lowest)
-            self._cached = key, Models(prefill, decode, powers, load)
+            state = self._state
+            self._cached = key, Models(prefill, decode, powers, load, state.switch_s, state.gpus)
         return self._cached[1]
 
     # -- learning ------------------------------------------------------------------------------
@@ -158,7 +165,9 @@ class PhasesPolicy:
             kept = state.held[0] if state.ready[0] and plan.prefill is None else plan.prefill
             state.held = kept, plan.decode, plan.idle
         state.windows += 1
-        state.probe_s = window.duration_s
+        state.probe_s, state.gpus = window.duration_s, window.gpus
+        if window.clock_change_s is not None:
+            state.switch_s = CALL_S + window.clock_change_s
         state.ready = (
             state.ready[0] or self._prefill.default_steps() >= config.baseline_prefill_steps,
             state.ready[1] or self._decode.default_steps() >= config.baseline_decode_steps,
@@ -184,7 +193,7 @@ class PhasesPolicy:
         times = self._cached[1].prefill
         clocks = [times.top_mhz if arm is None else float(arm) for arm in plan.arms]
         lost = times.lost(np.array(clocks[:1]), np.array(clocks[1:]))
-        switch_s = self._config.switch_s
+        switch_s = self._state.switch_s
         lag_s = window.rises.from_decode * left_of_switch_s(step_s, switch_s) * lost[0]
         lag_s += window.rises.from_idle * switch_s * lost[1]
         return float(min(lag_s, MAX_LAG * window.prefill_steps.time_s))
@@ -283,6 +292,7 @@ class PhasesPolicy:
             "prefill_sm_clock_mhz": prefill,
             "decode_sm_clock_mhz": decode,
             "idle_sm_clock_mhz": idle,
+            "switch_s": round(state.switch_s, 4),
             "step_time_errors": [round(error, 4) for error in state.errors],
             "relearned": state.relearned,
         }

@@ -1,5 +1,6 @@
 """What a tuner exports; the metrics of Ray are FAKES that keep what they are told, by labels."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -101,10 +102,14 @@ def test_a_power_limit_is_no_clock(made):
 def test_windows_are_exported(made, make_window):
     metrics = metrics_of()
     window = make_window(energy_j=400.0, sm_clock_mhz=1229.0, mean_power_w=200.0)
+    window = replace(window, clock_change_s=0.025)
     metrics.export(WindowRecord(12.0, window, -0.5, Decision(1230, "fixed")))
     metrics.export(WindowRecord(14.0, None, None, Decision(None, "blind"), "stale"))
+    metrics.export(WindowRecord(16.0, None, None, Decision(None, "pressure")))
     values = {name: metric.values.get(series()) for name, metric in made.items()}
-    assert values["agft_windows"] == 2
+    assert values["agft_windows"] == 3
+    assert values["agft_pressure_windows"] == 1
+    assert values["agft_clock_change_s"] == 0.025
     assert values["agft_energy_j"] == 400.0
     assert values["agft_sm_clock_mhz"] == 1229.0
     assert values["agft_power_w"] == 200.0

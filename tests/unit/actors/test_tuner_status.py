@@ -60,7 +60,12 @@ def test_of_the_loop():
     tuner = SimpleNamespace(
         state=TunerState.HELD,
         control=SimpleNamespace(
-            reason="", reset_due=True, changes=3, phase_changes=2, plan=Plan(1500, 1230, 210)
+            reason="",
+            reset_due=True,
+            changes=3,
+            phase_changes=2,
+            plan=Plan(1500, 1230, 210),
+            timer=SimpleNamespace(median_s=0.025),
         ),
         fault="a fault",
         mode=Mode.OBSERVE,
@@ -77,6 +82,7 @@ def test_of_the_loop():
         "actuator",
         "clock_changes",
         "phase_changes",
+        "clock_change_s",
         "plan",
         "reset_due",
         "last_reward",
@@ -86,6 +92,7 @@ def test_of_the_loop():
     }
     assert (status["last_reward"], status["last_note"]) == (None, "")
     assert (status["clock_changes"], status["plan"]) == (3, (1500, 1230, 210))
+    assert status["clock_change_s"] == 0.025
 
 
 def test_of_serves_metrics_where_they_are_fresh():

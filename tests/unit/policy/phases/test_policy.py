@@ -13,7 +13,7 @@ from agft_ray.study.policy_specs import PolicySpec
 from agft_ray.study.run import fleet_setup
 from agft_ray.study.scenario import Scenario
 from agft_ray.testing import ARMS, WINDOW, context
-from agft_ray.types import Outcome, Plan, StepTotals
+from agft_ray.types import Outcome, StepTotals
 from agft_ray.virtual.run import run_fleet
 
 CONTEXT = context(np.random.default_rng(0))
@@ -69,6 +69,20 @@ def test_one_clock_where_it_is_told_so():
     policy = PhasesPolicy(PhasesConfig(clocks="one"))
     for decision in walked(policy, 80, np.random.default_rng(0)):
         assert decision.chosen.prefill == decision.chosen.decode
+
+
+@pytest.mark.parametrize(
+    ("changes", "pairs"),
+    [({}, True), ({"gpus": 4}, False), ({"clock_change_s": 0.4}, False)],
+    ids=str,
+)
+def test_a_pair_pays_on_one_gpu_whose_clock_changes_within_a_step(changes, pairs):
+    rng, policy, found = np.random.default_rng(0), PhasesPolicy(PhasesConfig()), []
+    plan = policy.select(CONTEXT, ARMS).chosen
+    for _ in range(80):
+        plan = told(policy, window_at(plan, rng, **changes)).chosen
+        found.append(plan.prefill != plan.decode)
+    assert any(found) == pairs
 
 
 def test_steps_that_become_slower_for_good_are_learned_anew():
