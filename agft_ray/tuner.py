@@ -178,7 +178,7 @@ class Tuner:
         self._arms = config.arms(self.gpu.arms, self.gpu.actuator)
         self._stale_after_s = config.stale_limit_s(self.clock.speed)
         self.reward = Reward(
-            DELAY_EXPONENTS[config.objective], config.slo.ttft_s, config.slo.tpot_s, self.role
+            DELAY_EXPONENTS[config.objective], config.slo.ttft_s, config.slo.tpot_s
         )
         self.config = config
 

@@ -35,7 +35,7 @@ class Policy(Protocol):
     @abstractmethod
     def update(self, outcome: Outcome) -> None:
         """Learn from one window. A non-finite context or reward raises `ValueError` and leaves
-        the policy as it was; an empty window (no token emitted) is ignored.
+        the policy as it was; an empty window (nothing was done in it) is ignored.
         """
         ...
 

@@ -23,7 +23,7 @@ from agft_ray.policy.registry import BuiltinConfig, build_policy
 from agft_ray.testing import ARMS, CHECKS, check_policy, context, outcome, play, state
 from agft_ray.testing import trained as trained_by
 from agft_ray.testing import window as window
-from agft_ray.types import Context, Decision
+from agft_ray.types import Context, Decision, StepTotals
 
 CONFIGS = {
     "default": DefaultConfig(),
@@ -136,8 +136,9 @@ def test_non_finite_numbers_are_refused(config, bad):
 def test_empty_windows_teach_nothing(config):
     policy, rng = trained(config, 40), np.random.default_rng(2)
     before, good = state(policy), outcome(1200, rng)
-    for nothing in ({"generation_tokens": 0}, {"itl_count": 0}):
-        policy.update(replace(good, window=replace(good.window, **nothing)))
+    nothing = {"generation_tokens": 0, "itl_count": 0, "prompt_tokens": 0}
+    nothing |= {"decode_steps": StepTotals(), "prefill_steps": StepTotals()}
+    policy.update(replace(good, window=replace(good.window, **nothing)))
     assert state(policy) == before
 
 

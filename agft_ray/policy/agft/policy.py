@@ -18,12 +18,13 @@ from agft_ray.policy.agft.learner import AgftLearner
 from agft_ray.policy.agft.linucb import Prediction
 from agft_ray.policy.arms import grid, refined
 from agft_ray.policy.experience import Experience, Prior
+from agft_ray.policy.reward import work_of
 from agft_ray.policy.statistics import Source, features_of, is_evidence
 from agft_ray.types import DEFAULT_CLOCKS_KEY, Arm, Context, Decision, Outcome
 
 __all__ = ["AgftConfig", "AgftPolicy"]
 
-SNAPSHOT_SCHEMA = 1
+SNAPSHOT_SCHEMA = 2
 
 
 class AgftPolicy:
@@ -110,8 +111,8 @@ class AgftPolicy:
     # -- learning, sharing, keeping ------------------------------------------------------------
 
     def update(self, outcome: Outcome) -> None:
-        """Learn from a window; see `Policy.update`."""
-        if is_evidence(outcome):
+        """Learn from a window; see `Policy.update`. Prompts are work as well as tokens are."""
+        if is_evidence(outcome) or work_of(outcome.window):
             self._learner.learn(outcome)
 
     def experience(self) -> Experience | None:

@@ -11,12 +11,18 @@ from agft_ray.policy.agft import learner as learner_module
 from agft_ray.policy.agft.policy import AgftConfig, AgftPolicy
 from agft_ray.policy.experience import Prior, PriorKey
 from agft_ray.priors.merge import add
-from agft_ray.types import Context, Outcome
+from agft_ray.types import Context, Outcome, StepTotals
 
 ARMS = tuple(range(210, 2101, 15))
 KEY = PriorKey("A6000", "m", 1, "mixed", "bf16", "edp", 0.8, 1, 1, "agft")
 WINDOW = SimpleNamespace(generation_tokens=10, tpot_s=0.05)
-EMPTY = SimpleNamespace(generation_tokens=0, tpot_s=None)
+EMPTY = SimpleNamespace(
+    generation_tokens=0,
+    tpot_s=None,
+    decode_steps=StepTotals(),
+    prefill_steps=StepTotals(),
+    unknown_steps=StepTotals(),
+)
 
 
 class Landscape:
