@@ -67,9 +67,10 @@ def work_of(window: Window) -> float:
 
     Of an engine that does not tell its steps: tokens after first ones, and those of prompts.
     """
-    if window.unknown_steps.steps:
-        return window.itl_count + window.prompt_tokens / PROMPT_TOKENS
-    return window.decode_steps.tokens + window.prefill_steps.tokens / PROMPT_TOKENS
+    decode, prefill = window.decode_steps, window.prefill_steps
+    if decode.steps or prefill.steps:
+        return decode.tokens + prefill.tokens / PROMPT_TOKENS
+    return window.itl_count + window.prompt_tokens / PROMPT_TOKENS
 
 
 def _delay_s(window: Window) -> float | None:

@@ -51,7 +51,8 @@ def test_an_engine_that_does_not_tell_its_steps_counts_prompts_by_their_tokens(m
 
 
 def test_nothing_done_no_reward(make_window):
-    nothing = {"decode_steps": StepTotals(), "prefill_steps": StepTotals()}
+    steps = {"decode_steps": StepTotals(), "prefill_steps": StepTotals()}
+    nothing = {"itl_count": 0, "prompt_tokens": 0, **steps}
     assert Reward()(make_window(**nothing)) is None
     assert Reward()(make_window(mean_power_w=0.0)) is None
 

@@ -19,9 +19,10 @@ WINDOW = SimpleNamespace(generation_tokens=10, tpot_s=0.05)
 EMPTY = SimpleNamespace(
     generation_tokens=0,
     tpot_s=None,
+    itl_count=0,
+    prompt_tokens=0,
     decode_steps=StepTotals(),
     prefill_steps=StepTotals(),
-    unknown_steps=StepTotals(),
 )
 
 
