@@ -34,17 +34,17 @@ class LiveSwitch:
         """The tuner listens there, or will."""
         self._sender = PhaseSender(path)
 
-    def on_arrival(self, t_s: float) -> None:
+    def on_arrival(self) -> None:
         """See `Switch.on_arrival`."""
-        self._tell(lambda: self._switch.on_arrival(t_s))
+        self._tell(self._switch.on_arrival)
 
-    def on_step(self, t_s: float, had_prefill: bool, pending_prompts: int) -> None:
+    def on_step(self, pending_prompts: int) -> None:
         """See `Switch.on_step`."""
-        self._tell(lambda: self._switch.on_step(t_s, had_prefill, pending_prompts))
+        self._tell(lambda: self._switch.on_step(pending_prompts))
 
-    def on_empty(self, t_s: float) -> None:
+    def on_empty(self) -> None:
         """See `Switch.on_empty`."""
-        self._tell(lambda: self._switch.on_empty(t_s))
+        self._tell(self._switch.on_empty)
 
     def repeat(self) -> None:
         """Tell once more: the tuner may be a new one, or have been told too much at once."""

@@ -4,53 +4,38 @@ import multiprocessing
 import threading
 import time
 
-import pytest
-
 from agft_ray.actors.phase_socket import Doorbell, PhaseSender, phase_path
 from agft_ray.types import Phase
 
 
-@pytest.fixture
-def path(tmp_path):
-    return phase_path(tmp_path / "leases", "replica-1")
-
-
-@pytest.fixture
-def bell(path):
-    bell = Doorbell()
-    bell.listen(path)
-    yield bell
-    bell.close()
-
-
-def test_the_newest_of_those_that_have_come_counts(bell, path):
-    sender = PhaseSender(path)
+def test_the_newest_of_those_that_have_come_counts(bell, phases_at):
+    sender = PhaseSender(phases_at)
     for phase in (Phase.PREFILL, Phase.DECODE, Phase.IDLE):
         assert sender.send(phase)
     assert bell.wait(5.0) == (False, Phase.IDLE)
     assert bell.wait(0.0) == (False, None)
 
 
-def test_without_a_tuner_nothing_happens(path, tmp_path):
-    assert not PhaseSender(path).send(Phase.DECODE)
+def test_without_a_tuner_nothing_happens(phases_at, tmp_path):
+    assert not PhaseSender(phases_at).send(Phase.DECODE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sender_that_came_first_reaches_the_tuner_and_the_one_after_it(path):
-    sender = PhaseSender(path)
+def test_a_sender_that_came_first_reaches_the_tuner_and_the_one_after_it(phases_at):
+    sender = PhaseSender(phases_at)
     assert not sender.send(Phase.DECODE)
     for phase in (Phase.PREFILL, Phase.DECODE):
         bell = Doorbell()
-        bell.listen(path)  # the one before was killed, and left its socket
+        bell.listen(phases_at)  # the one before was killed, and left its socket
         assert sender.send(phase)
         assert bell.wait(5.0) == (False, phase)
     bell.close()
-    assert not path.exists()
+    assert not phases_at.exists()
     assert not sender.send(Phase.DECODE)
 
 
-def test_a_tuner_that_hangs_never_blocks_the_replica(bell, path):
-    sender, start_s = PhaseSender(path), time.monotonic()
+def test_a_tuner_that_hangs_never_blocks_the_replica(bell, phases_at):
+    sender, start_s = PhaseSender(phases_at), time.monotonic()
     sent = [sender.send(Phase.DECODE) for _ in range(5000)]
     assert not all(sent)
     assert time.monotonic() - start_s < 2.0
@@ -58,8 +43,8 @@ def test_a_tuner_that_hangs_never_blocks_the_replica(bell, path):
     assert sender.send(Phase.IDLE)
 
 
-def test_anything_else_is_passed_over(bell, path):
-    sender = PhaseSender(path)
+def test_anything_else_is_passed_over(bell, phases_at):
+    sender = PhaseSender(phases_at)
     sender.send(Phase.DECODE)
     for other in (b"", b"\0", b"\x09", b"\1\2", b"x" * 100):
         sender._socket.sendto(other, sender._address)
@@ -100,8 +85,8 @@ def _send(path, count):
         time.sleep(0.001)
 
 
-def test_another_process_is_heard(bell, path):
-    process = multiprocessing.get_context("spawn").Process(target=_send, args=(path, 200))
+def test_another_process_is_heard(bell, phases_at):
+    process = multiprocessing.get_context("spawn").Process(target=_send, args=(phases_at, 200))
     process.start()
     heard, deadline_s = [], time.monotonic() + 30.0
     while (len(heard) < 50 or process.is_alive()) and time.monotonic() < deadline_s:
