@@ -60,8 +60,8 @@ class ClockControl:
         """What the engine does, as last told."""
         self.phase_s = self.settled_s = 0.0
         """When that was told; when the last change of plan is over: no window may begin before."""
-        self.changes = self.phase_changes = 0
-        """Of what is locked; those within a plan among them."""
+        self.changes = self.phase_changes = self.phase_changes_put_off = 0
+        """Of what is locked; those within a plan among them; phases that had to wait for theirs."""
         self.rises = Rises()
         """Of the clock to that of prefill, within plans."""
         self._pace, self._steady_s = Pace(), 0.0
@@ -157,11 +157,12 @@ class ClockControl:
 
     def enter(self, phase: Phase, settle_s: float) -> None:
         """The engine does this from now on. Raises as `set`."""
-        if phase is not self.phase:
+        if is_new := phase is not self.phase:
             if phase is Phase.PREFILL:
                 self._count_rise()
             self.phase, self.phase_s = phase, self._clock.now_s()
-        self.catch_up(settle_s)
+        if not self.catch_up(settle_s) and is_new:
+            self.phase_changes_put_off += 1
 
     def _count_rise(self) -> None:
         if self.plan.is_uniform:
@@ -170,21 +171,22 @@ class ClockControl:
         is_idle = self.phase is Phase.IDLE
         self.rises = Rises(decode + (not is_idle), idle + is_idle)
 
-    def catch_up(self, settle_s: float) -> None:
-        """Set the plan's arm for the present phase, if it is not, unless too much has changed
-        lately; what the GPU does not keep is passed over for default clocks. Raises as `set`."""
+    def catch_up(self, settle_s: float) -> bool:
+        """Set the plan's arm for the present phase, if it is not; False if too much has changed
+        lately. What the GPU does not keep is passed over for default clocks. Raises as `set`."""
         arm = self.plan.at(self.phase)
         if arm in self.dropped:
             arm = None
         if self.plan.is_uniform or arm == self.locked:
-            return
+            return True
         now_s, before = self._clock.now_s(), self.changes
         if not self._pace.allows(now_s, lowers=_is_lower(arm, self.locked)):
-            return
+            return False
         self._lock(arm, settle_s)
         if self.changes > before:
             self._pace.count(now_s)
             self.phase_changes += 1
+        return True
 
     def _lock(self, arm: Arm, settle_s: float) -> bool:
         """Lock or reset, only when it changes something; False if that did not succeed."""

@@ -56,7 +56,6 @@ class Pace:
 
     def __init__(self) -> None:
         self._times_s: deque[float] = deque(maxlen=MAX_CHANGES_PER_S)
-        self.refused = 0
 
     def allows(self, t_s: float, *, lowers: bool) -> bool:
         """Whether a change may be made now."""

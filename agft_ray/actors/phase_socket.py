@@ -1,4 +1,4 @@
-"""What an engine does, from its replica's process to its tuner's thread: a byte at each change.
+"""What an engine does, from its replica's process to its tuner's thread: a few bytes a change.
 
 Ray's calls take milliseconds and pushes come some times a second; a prompt is computed sooner.
 """
@@ -11,7 +11,10 @@ import logging
 import os
 import select
 import socket
+import struct
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 from agft_ray.errors import AgftError
 from agft_ray.gpu.safety.directory import make_directory
@@ -23,7 +26,15 @@ MAX_ADDRESS_BYTES = 107
 """Longer paths are no addresses of Unix sockets."""
 _KINDS = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _READ_BYTES = 16
-_PHASES = {bytes((phase,)): phase for phase in Phase}
+_WORD = struct.Struct("=Bd")
+
+
+class Told(NamedTuple):
+    """What a tuner is told."""
+
+    phase: Phase
+    sent_s: float
+    """On the machine's monotonic clock."""
 
 
 def phase_path(lease_directory: Path, replica: str) -> Path:
@@ -45,7 +56,7 @@ class PhaseSender:
             if self._socket is None:
                 self._address = _address(self._path)
                 self._socket = socket.socket(socket.AF_UNIX, _KINDS)
-            self._socket.sendto(bytes((phase,)), self._address)
+            self._socket.sendto(_WORD.pack(phase, time.monotonic()), self._address)
         except OSError:
             return False
         return True
@@ -83,7 +94,7 @@ class Doorbell:
         except (OSError, AgftError) as error:
             log.warning("phases of the engine cannot be heard, one clock is kept: %s", error)
 
-    def wait(self, timeout_s: float) -> tuple[bool, Phase | None]:
+    def wait(self, timeout_s: float) -> tuple[bool, Told | None]:
         """Sleep until rung, a phase comes, or the time is over: whether it was rung, and the newest
         phase of those that have come."""
         self._poll.poll(max(timeout_s, 0.0) * 1000)
@@ -99,14 +110,22 @@ class Doorbell:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
-    def _newest(self) -> Phase | None:
-        phase: Phase | None = None
+    def _newest(self) -> Told | None:
+        told: Told | None = None
         if self._socket is None:
             return None
         with contextlib.suppress(OSError):
             while True:
-                phase = _PHASES.get(self._socket.recv(_READ_BYTES), phase)
-        return phase
+                told = _told(self._socket.recv(_READ_BYTES)) or told
+        return told
+
+
+def _told(word: bytes) -> Told | None:
+    """None for anything that no replica says."""
+    with contextlib.suppress(struct.error, ValueError):
+        phase, sent_s = _WORD.unpack(word)
+        return Told(Phase(phase), sent_s)
+    return None
 
 
 def _address(path: Path) -> str:

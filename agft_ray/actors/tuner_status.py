@@ -24,6 +24,7 @@ def with_tuner(status: TunerStatus, tuner: Tuner, last: WindowRecord | None) -> 
         actuator=tuner.gpu.actuator.value,
         clock_changes=tuner.control.changes,
         phase_changes=tuner.control.phase_changes,
+        phase_changes_put_off=tuner.control.phase_changes_put_off,
         plan=tuner.control.plan.arms,
         reset_due=tuner.control.reset_due,
         last_reward=last.reward if last else None,

@@ -60,7 +60,12 @@ def test_of_the_loop():
     tuner = SimpleNamespace(
         state=TunerState.HELD,
         control=SimpleNamespace(
-            reason="", reset_due=True, changes=3, phase_changes=2, plan=Plan(1500, 1230, 210)
+            reason="",
+            reset_due=True,
+            changes=3,
+            phase_changes=2,
+            phase_changes_put_off=1,
+            plan=Plan(1500, 1230, 210),
         ),
         fault="a fault",
         mode=Mode.OBSERVE,
@@ -77,6 +82,7 @@ def test_of_the_loop():
         "actuator",
         "clock_changes",
         "phase_changes",
+        "phase_changes_put_off",
         "plan",
         "reset_due",
         "last_reward",
