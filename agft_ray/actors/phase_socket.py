@@ -12,7 +12,6 @@ import os
 import select
 import socket
 import struct
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +32,8 @@ class Told(NamedTuple):
     """What a tuner is told."""
 
     phase: Phase
-    sent_s: float
-    """On the machine's monotonic clock."""
+    since_s: float
+    """On the machine's monotonic clock: what is repeated is no news."""
 
 
 def phase_path(lease_directory: Path, replica: str) -> Path:
@@ -50,13 +49,13 @@ class PhaseSender:
         self._socket: socket.socket | None = None
         self._address = ""
 
-    def send(self, phase: Phase) -> bool:
+    def send(self, told: Told) -> bool:
         """Tell the tuner, if it listens; whether it was told."""
         try:
             if self._socket is None:
                 self._address = _address(self._path)
                 self._socket = socket.socket(socket.AF_UNIX, _KINDS)
-            self._socket.sendto(_WORD.pack(phase, time.monotonic()), self._address)
+            self._socket.sendto(_WORD.pack(*told), self._address)
         except OSError:
             return False
         return True
@@ -123,8 +122,8 @@ class Doorbell:
 def _told(word: bytes) -> Told | None:
     """None for anything that no replica says."""
     with contextlib.suppress(struct.error, ValueError):
-        phase, sent_s = _WORD.unpack(word)
-        return Told(Phase(phase), sent_s)
+        phase, since_s = _WORD.unpack(word)
+        return Told(Phase(phase), since_s)
     return None
 
 

@@ -79,6 +79,8 @@ class TunerLoop:
         self._heard_s = self._looked_s = time.monotonic()
         """When the replica last said something, and when the thread last looked whether it did."""
         self._silence_s = 0.0
+        self._told: Told | None = None
+        """What the engine did when it last changed."""
         self._publishing = threading.Lock()
         """Held while the tuner is published, and while news find out whom to tell."""
         self._has_config, self._bell = threading.Event(), Doorbell()
@@ -225,10 +227,13 @@ class TunerLoop:
             self._beat()
 
     def _enter(self, told: Told, tuner: Tuner) -> None:
+        if told == self._told:
+            return
+        self._told = told
         changes = tuner.control.phase_changes
         tuner.enter(told.phase)
         if told.phase is Phase.PREFILL and tuner.control.phase_changes > changes:
-            self.delays.add(time.monotonic() - told.sent_s)
+            self.delays.add(time.monotonic() - told.since_s)
 
     def _falls_silent(self, tuner: Tuner) -> bool:
         """Whether the replica has just become one that hangs; tells the tuner whether it is one.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from agft_ray.actors.phase_socket import PhaseSender
+from agft_ray.actors.phase_socket import PhaseSender, Told
 from agft_ray.switch import Switch
 from agft_ray.types import Phase
 
@@ -24,6 +25,7 @@ class LiveSwitch:
         self._switch = Switch()
         self._sender: PhaseSender | None = None
         self._is_broken = False
+        self._since_s = time.monotonic()
 
     @property
     def phase(self) -> Phase:
@@ -49,13 +51,14 @@ class LiveSwitch:
     def repeat(self) -> None:
         """Tell once more: the tuner may be a new one, or have been told too much at once."""
         if self._sender is not None:
-            self._sender.send(self.phase)
+            self._sender.send(Told(self.phase, self._since_s))
 
     def _tell(self, event: Callable[[], Phase | None]) -> None:
         try:
             if event() is not None:
+                self._since_s = time.monotonic()
                 self.repeat()
         except Exception:
             if not self._is_broken:
                 log.exception("the switch is off, prompts and decodes have one clock")
-            self._is_broken = True
+            self._is_broken, self._since_s = True, time.monotonic()

@@ -4,7 +4,7 @@ import multiprocessing
 import threading
 import time
 
-from agft_ray.actors.phase_socket import Doorbell, PhaseSender, phase_path
+from agft_ray.actors.phase_socket import Doorbell, PhaseSender, Told, phase_path
 from agft_ray.types import Phase
 
 
@@ -16,50 +16,46 @@ def heard(bell, timeout_s):
 def test_the_newest_of_those_that_have_come_counts(bell, phases_at):
     sender = PhaseSender(phases_at)
     for phase in (Phase.PREFILL, Phase.DECODE, Phase.IDLE):
-        assert sender.send(phase)
+        assert sender.send(Told(phase, 1.5))
     assert heard(bell, 5.0) == (False, Phase.IDLE)
     assert heard(bell, 0.0) == (False, None)
 
 
-def test_a_phase_says_when_it_was_sent(bell, phases_at):
-    before_s = time.monotonic()
-    PhaseSender(phases_at).send(Phase.DECODE)
-    after_s = time.monotonic()
-    time.sleep(0.01)
-    _, told = bell.wait(5.0)
-    assert before_s <= told.sent_s <= after_s
+def test_a_phase_says_since_when_it_is(bell, phases_at):
+    PhaseSender(phases_at).send(Told(Phase.DECODE, 12345.678901234))
+    assert bell.wait(5.0) == (False, Told(Phase.DECODE, 12345.678901234))
 
 
 def test_without_a_tuner_nothing_happens(phases_at, tmp_path):
-    assert not PhaseSender(phases_at).send(Phase.DECODE)
+    assert not PhaseSender(phases_at).send(Told(Phase.DECODE, 1.5))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sender_that_came_first_reaches_the_tuner_and_the_one_after_it(phases_at):
     sender = PhaseSender(phases_at)
-    assert not sender.send(Phase.DECODE)
+    assert not sender.send(Told(Phase.DECODE, 1.5))
     for phase in (Phase.PREFILL, Phase.DECODE):
         bell = Doorbell()
         bell.listen(phases_at)  # the one before was killed, and left its socket
-        assert sender.send(phase)
+        assert sender.send(Told(phase, 1.5))
         assert heard(bell, 5.0) == (False, phase)
     bell.close()
     assert not phases_at.exists()
-    assert not sender.send(Phase.DECODE)
+    assert not sender.send(Told(Phase.DECODE, 1.5))
 
 
 def test_a_tuner_that_hangs_never_blocks_the_replica(bell, phases_at):
     sender, start_s = PhaseSender(phases_at), time.monotonic()
-    sent = [sender.send(Phase.DECODE) for _ in range(5000)]
+    sent = [sender.send(Told(Phase.DECODE, 1.5)) for _ in range(5000)]
     assert not all(sent)
     assert time.monotonic() - start_s < 2.0
     assert heard(bell, 1.0) == (False, Phase.DECODE)
-    assert sender.send(Phase.IDLE)
+    assert sender.send(Told(Phase.IDLE, 1.5))
 
 
 def test_anything_else_is_passed_over(bell, phases_at):
     sender = PhaseSender(phases_at)
-    sender.send(Phase.DECODE)
+    sender.send(Told(Phase.DECODE, 1.5))
     for other in (b"", b"\0", b"\x09", b"\1\2", b"\x09" * 9, b"x" * 100):
         sender._socket.sendto(other, sender._address)
     assert heard(bell, 1.0) == (False, Phase.DECODE)
@@ -78,7 +74,7 @@ def test_a_directory_too_deep_for_an_address_will_do(tmp_path):
     path.parent.parent.parent.mkdir()
     bell = Doorbell()
     bell.listen(path)
-    assert PhaseSender(path).send(Phase.DECODE)
+    assert PhaseSender(path).send(Told(Phase.DECODE, 1.5))
     assert heard(bell, 5.0) == (False, Phase.DECODE)
     bell.close()
 
@@ -95,7 +91,7 @@ def test_where_nobody_may_listen_the_bell_still_rings(tmp_path):
 def _send(path, count):
     sender = PhaseSender(path)
     for number in range(count):
-        sender.send(Phase.PREFILL if number % 2 else Phase.DECODE)
+        sender.send(Told(Phase.PREFILL if number % 2 else Phase.DECODE, float(number)))
         time.sleep(0.001)
 
 
