@@ -71,6 +71,7 @@ class Doorbell:
         self._socket: socket.socket | None = None
         self._path: Path | None = None
         self._was_tried = False
+        self._told: Told | None = None
 
     def ring(self) -> None:
         """End the wait of now, or the next one. From any thread."""
@@ -95,7 +96,7 @@ class Doorbell:
 
     def wait(self, timeout_s: float) -> tuple[bool, Told | None]:
         """Sleep until rung, a phase comes, or the time is over: whether it was rung, and the newest
-        phase of those that have come."""
+        phase of those that have come, unless it is what was told before."""
         self._poll.poll(max(timeout_s, 0.0) * 1000)
         rung = False
         with contextlib.suppress(BlockingIOError):
@@ -110,13 +111,13 @@ class Doorbell:
             self._path.unlink(missing_ok=True)
 
     def _newest(self) -> Told | None:
-        told: Told | None = None
+        before = self._told
         if self._socket is None:
             return None
         with contextlib.suppress(OSError):
             while True:
-                told = _told(self._socket.recv(_READ_BYTES)) or told
-        return told
+                self._told = _told(self._socket.recv(_READ_BYTES)) or self._told
+        return None if self._told == before else self._told
 
 
 def _told(word: bytes) -> Told | None:

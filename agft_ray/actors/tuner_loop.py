@@ -79,8 +79,6 @@ class TunerLoop:
         self._heard_s = self._looked_s = time.monotonic()
         """When the replica last said something, and when the thread last looked whether it did."""
         self._silence_s = 0.0
-        self._told: Told | None = None
-        """What the engine did when it last changed."""
         self._publishing = threading.Lock()
         """Held while the tuner is published, and while news find out whom to tell."""
         self._has_config, self._bell = threading.Event(), Doorbell()
@@ -227,9 +225,6 @@ class TunerLoop:
             self._beat()
 
     def _enter(self, told: Told, tuner: Tuner) -> None:
-        if told == self._told:
-            return
-        self._told = told
         changes = tuner.control.phase_changes
         tuner.enter(told.phase)
         if told.phase is Phase.PREFILL and tuner.control.phase_changes > changes:

@@ -26,6 +26,19 @@ def test_a_phase_says_since_when_it_is(bell, phases_at):
     assert bell.wait(5.0) == (False, Told(Phase.DECODE, 12345.678901234))
 
 
+def test_what_is_repeated_is_no_news(bell, phases_at):
+    sender = PhaseSender(phases_at)
+    for told, news in (
+        (Told(Phase.DECODE, 1.0), Phase.DECODE),
+        (Told(Phase.DECODE, 1.0), None),
+        (Told(Phase.DECODE, 2.0), Phase.DECODE),
+        (Told(Phase.PREFILL, 2.5), Phase.PREFILL),
+        (Told(Phase.PREFILL, 2.5), None),
+    ):
+        sender.send(told)
+        assert heard(bell, 0.1) == (False, news)
+
+
 def test_without_a_tuner_nothing_happens(phases_at, tmp_path):
     assert not PhaseSender(phases_at).send(Told(Phase.DECODE, 1.5))
     assert list(tmp_path.iterdir()) == []
