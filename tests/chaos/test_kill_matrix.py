@@ -287,6 +287,19 @@ def test_a_switch_that_tells_of_no_prompt_leaves_prompts_their_clock(driver, gpu
     wait_until(lambda: only(gpu, CLOCK_MHZ, PREFILL_MHZ), 5, "both clocks in turns")
 
 
+def test_under_phases(driver, gpu):
+    """It locks decode's clock, the only one it may choose, and goes on at default clocks when a
+    prompt comes, as it has seen none to learn from."""
+    policy = {"name": "phases", "baseline_decode_steps": 20}
+    only_clock = {"min_sm_clock_mhz": CLOCK_MHZ, "max_sm_clock_mhz": CLOCK_MHZ}
+    driver.deploy(gpu.lease_dir, policy=policy, **only_clock)
+    wait_until(lambda: only(gpu, CLOCK_MHZ, None), RECOVERY_S, "decode's clock in turns")
+    for what in ("tuner", "replica"):
+        holder = gpu.wait_locked()
+        os.kill(holder.tuner.pid if what == "tuner" else driver.call("ping"), signal.SIGKILL)
+        reset_and_locked_again(f"SIGKILL of the {what} under phases", gpu, holder)
+
+
 @switching
 def test_nvml_fails_while_clocks_are_switched(gpu, holder):
     for group in ("set", "reset"):
