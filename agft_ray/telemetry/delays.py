@@ -32,11 +32,10 @@ class Delays:
 
     def lines(self, width: int = 50) -> list[str]:
         """A row a bin, up to the last one that holds any."""
-        total, shown = max(sum(self.counts), 1), max(self.counts, default=0)
-        rows = [
-            f"{lower:7g} to {upper:7g} ms {count / total:6.1%} {'#' * round(width * count / shown)}"
-            for lower, upper, count in zip((0.0, *UPPER_MS), UPPER_MS, self.counts, strict=False)
-            if shown
-        ]
+        total, most = sum(self.counts), max(self.counts)
         last = max((index for index, count in enumerate(self.counts) if count), default=-1)
-        return rows[: last + 1]
+        rows = zip((0.0, *UPPER_MS), UPPER_MS, self.counts[: last + 1], strict=False)
+        return [
+            f"{lower:7g} to {upper:7g} ms {n / total:6.1%} {'#' * round(width * n / most)}".rstrip()
+            for lower, upper, n in rows
+        ]
