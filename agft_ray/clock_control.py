@@ -59,8 +59,8 @@ class ClockControl:
         """What the engine does, as last told."""
         self.phase_s = self.settled_s = 0.0
         """When that was told; when the last change of plan is over: no window may begin before."""
-        self.changes = self.phase_changes = 0
-        """Of what is locked; those within a plan among them."""
+        self.changes = self.phase_changes = self.phase_changes_put_off = 0
+        """Of what is locked; those within a plan among them; phases that had to wait for theirs."""
         self.rises = Rises()
         """Of the clock to that of prefill, within plans."""
         self._pace, self._steady_s = Pace(), 0.0
@@ -154,39 +154,34 @@ class ClockControl:
         if not self._lock(arm, settle_s):
             return
         if plan != self.plan or was_due:
-            self.settled_s = self._clock.now_s() + settle_s
+            self.settled_s = self._clock.now_s() + self.timer.settling_s(settle_s)
         self.plan = plan
 
     def enter(self, phase: Phase, settle_s: float) -> None:
         """The engine does this from now on. Raises as `set`."""
-        if phase is not self.phase:
-            if phase is Phase.PREFILL:
-                self._count_rise()
+        if is_new := phase is not self.phase:
+            if phase is Phase.PREFILL and not self.plan.is_uniform:
+                self.rises = self.rises.after(self.phase)
             self.phase, self.phase_s = phase, self._clock.now_s()
-        self.catch_up(settle_s)
+        if not self.catch_up(settle_s) and is_new:
+            self.phase_changes_put_off += 1
 
-    def _count_rise(self) -> None:
-        if self.plan.is_uniform:
-            return
-        decode, idle = self.rises.from_decode, self.rises.from_idle
-        is_idle = self.phase is Phase.IDLE
-        self.rises = Rises(decode + (not is_idle), idle + is_idle)
-
-    def catch_up(self, settle_s: float) -> None:
-        """Set the plan's arm for the present phase, if it is not, unless too much has changed
-        lately; what the GPU does not keep is passed over for default clocks. Raises as `set`."""
+    def catch_up(self, settle_s: float) -> bool:
+        """Set the plan's arm for the present phase, if it is not; False if too much has changed
+        lately. What the GPU does not keep is passed over for default clocks. Raises as `set`."""
         arm = self.plan.at(self.phase)
         if arm in self.dropped:
             arm = None
         if self.plan.is_uniform or arm == self.locked:
-            return
+            return True
         now_s, before = self._clock.now_s(), self.changes
         if not self._pace.allows(now_s, lowers=is_lower(arm, self.locked)):
-            return
+            return False
         self._lock(arm, settle_s)
         if self.changes > before:
             self._pace.count(now_s)
             self.phase_changes += 1
+        return True
 
     def _lock(self, arm: Arm, settle_s: float) -> bool:
         """Lock or reset, only when it changes something; False if that did not succeed."""
@@ -218,7 +213,7 @@ class ClockControl:
             self._refusals = 0
         self.changes += arm != self.locked
         self._become(hold=Hold.after(arm))
-        self._steady_s = self._clock.now_s() + settle_s
+        self._steady_s = self._clock.now_s() + self.timer.settling_s(settle_s)
         if self._gpu.actuator is Actuator.SM_CLOCK:
             self.timer.begin(arm, called_s, self._reading)
         return True

@@ -39,6 +39,10 @@ class ClockTimer:
         """Of the last changes; None: not known."""
         return median(self._times_s) if self._has_ended else None
 
+    def settling_s(self, settle_s: float) -> float:
+        """How long a change is waited for: so long, or twice the median of a slow card's."""
+        return max(settle_s, 2.0 * (self.median_s or 0.0))
+
     @property
     def is_running(self) -> bool:
         """A change is under way, and worth reading the GPU for."""

@@ -26,17 +26,17 @@ class Switch:
         self.phase = Phase.PREFILL
         """Until something is known; the fastest clock."""
 
-    def on_arrival(self, t_s: float) -> Phase | None:
+    def on_arrival(self) -> Phase | None:
         """A prompt has come, before any step computes it."""
         return self._to(Phase.PREFILL)
 
-    def on_step(self, t_s: float, had_prefill: bool, pending_prompts: int) -> Phase | None:
+    def on_step(self, pending_prompts: int) -> Phase | None:
         """A step has ended; `pending_prompts` are those that have arrived by now, also during the
         step, and have no token yet. Where prompts are all known, a step with prefill that leaves
         none pending was the last one with prefill."""
         return self._to(Phase.PREFILL if pending_prompts > 0 else Phase.DECODE)
 
-    def on_empty(self, t_s: float) -> Phase | None:
+    def on_empty(self) -> Phase | None:
         """Nothing runs and nothing waits."""
         return self._to(Phase.IDLE)
 
@@ -56,7 +56,6 @@ class Pace:
 
     def __init__(self) -> None:
         self._times_s: deque[float] = deque(maxlen=MAX_CHANGES_PER_S)
-        self.refused = 0
 
     def allows(self, t_s: float, *, lowers: bool) -> bool:
         """Whether a change may be made now."""

@@ -253,6 +253,11 @@ class Rises:
     from_idle: int = 0
     """The clock of an empty engine."""
 
+    def after(self, phase: Phase) -> Rises:
+        """One more, from what the engine did before."""
+        is_idle = phase is Phase.IDLE
+        return Rises(self.from_decode + (not is_idle), self.from_idle + is_idle)
+
     def __sub__(self, other: Rises) -> Rises:
         return Rises(self.from_decode - other.from_decode, self.from_idle - other.from_idle)
 

@@ -262,7 +262,11 @@ class FrequencyTuner:
     async def _status_with(self, status: TunerStatus, tuner: Tuner) -> TunerStatus:
         if self._metrics is not None:
             self._metrics.show(tuner)
-        status = replace(with_tuner(status, tuner, self._last), policy_status=self._policy_status)
+        status = replace(
+            with_tuner(status, tuner, self._last),
+            policy_status=self._policy_status,
+            phase_delays=list(self._loop.delays.counts),
+        )
         status = with_serve(status, self._serve_metrics.window(self._clock.now_s()))
         try:
             return with_gpu(status, await self._reading(tuner), tuner.gpu)

@@ -1,4 +1,4 @@
-"""What an engine does, from its replica's process to its tuner's thread: a byte at each change.
+"""What an engine does, from its replica's process to its tuner's thread: a few bytes a change.
 
 Ray's calls take milliseconds and pushes come some times a second; a prompt is computed sooner.
 """
@@ -11,7 +11,9 @@ import logging
 import os
 import select
 import socket
+import struct
 from pathlib import Path
+from typing import NamedTuple
 
 from agft_ray.errors import AgftError
 from agft_ray.gpu.safety.directory import make_directory
@@ -23,7 +25,15 @@ MAX_ADDRESS_BYTES = 107
 """Longer paths are no addresses of Unix sockets."""
 _KINDS = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _READ_BYTES = 16
-_PHASES = {bytes((phase,)): phase for phase in Phase}
+_WORD = struct.Struct("=Bd")
+
+
+class Told(NamedTuple):
+    """What a tuner is told."""
+
+    phase: Phase
+    since_s: float
+    """On the machine's monotonic clock: what is repeated is no news."""
 
 
 def phase_path(lease_directory: Path, replica: str) -> Path:
@@ -39,13 +49,13 @@ class PhaseSender:
         self._socket: socket.socket | None = None
         self._address = ""
 
-    def send(self, phase: Phase) -> bool:
+    def send(self, told: Told) -> bool:
         """Tell the tuner, if it listens; whether it was told."""
         try:
             if self._socket is None:
                 self._address = _address(self._path)
                 self._socket = socket.socket(socket.AF_UNIX, _KINDS)
-            self._socket.sendto(bytes((phase,)), self._address)
+            self._socket.sendto(_WORD.pack(*told), self._address)
         except OSError:
             return False
         return True
@@ -61,6 +71,7 @@ class Doorbell:
         self._socket: socket.socket | None = None
         self._path: Path | None = None
         self._was_tried = False
+        self._told: Told | None = None
 
     def ring(self) -> None:
         """End the wait of now, or the next one. From any thread."""
@@ -83,9 +94,9 @@ class Doorbell:
         except (OSError, AgftError) as error:
             log.warning("phases of the engine cannot be heard, one clock is kept: %s", error)
 
-    def wait(self, timeout_s: float) -> tuple[bool, Phase | None]:
+    def wait(self, timeout_s: float) -> tuple[bool, Told | None]:
         """Sleep until rung, a phase comes, or the time is over: whether it was rung, and the newest
-        phase of those that have come."""
+        phase of those that have come, unless it is what was told before."""
         self._poll.poll(max(timeout_s, 0.0) * 1000)
         rung = False
         with contextlib.suppress(BlockingIOError):
@@ -99,14 +110,22 @@ class Doorbell:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
-    def _newest(self) -> Phase | None:
-        phase: Phase | None = None
+    def _newest(self) -> Told | None:
+        before = self._told
         if self._socket is None:
             return None
         with contextlib.suppress(OSError):
             while True:
-                phase = _PHASES.get(self._socket.recv(_READ_BYTES), phase)
-        return phase
+                self._told = _told(self._socket.recv(_READ_BYTES)) or self._told
+        return None if self._told == before else self._told
+
+
+def _told(word: bytes) -> Told | None:
+    """None for anything that no replica says."""
+    with contextlib.suppress(struct.error, ValueError):
+        phase, since_s = _WORD.unpack(word)
+        return Told(Phase(phase), since_s)
+    return None
 
 
 def _address(path: Path) -> str:

@@ -9,18 +9,19 @@ from collections.abc import Callable
 
 from agft_ray.actors.gpu_actuator import RemoteGpu
 from agft_ray.actors.messages import TunerSpec
-from agft_ray.actors.phase_socket import Doorbell, phase_path
+from agft_ray.actors.phase_socket import Doorbell, Told, phase_path
 from agft_ray.errors import GpuError, GpuLostError, GpuTransientError
 from agft_ray.gpu.base import Gpu
 from agft_ray.gpu.group import GpuGroup
 from agft_ray.gpu.leased import LeasedGpu
 from agft_ray.gpu.registry import open_gpu
 from agft_ray.settings import TunerConfig
+from agft_ray.telemetry.delays import Delays
 from agft_ray.telemetry.energy_weight import WeightReader
 from agft_ray.telemetry.inbox import EngineInbox
 from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.tuner import Tuner, WindowRecord
-from agft_ray.types import Mode
+from agft_ray.types import Mode, Phase
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class TunerLoop:
         self.released = False
         self.cpu_s = 0.0
         """CPU time of the thread."""
+        self.delays = Delays()
+        """From a prompt's arrival to the GPU's having been called for its clock."""
         self._spec, self._engine, self._serve = spec, engine, serve
         self._on_made, self._on_record = on_made, on_record
         self._weights = WeightReader()
@@ -218,12 +221,18 @@ class TunerLoop:
         this thread to see that the replica does; meanwhile clocks follow what the engine does."""
         self._beat()
         while (delay_s := (wake_s - self.clock.now_s()) / self.clock.speed) > 0:
-            woken, phase = self._bell.wait(min(delay_s, BEAT_S))
-            if phase is not None:
-                tuner.enter(phase)
+            woken, told = self._bell.wait(min(delay_s, BEAT_S))
+            if told is not None:
+                self._enter(told, tuner)
             if self._falls_silent(tuner) or woken:
                 break
             self._beat()
+
+    def _enter(self, told: Told, tuner: Tuner) -> None:
+        changes = tuner.control.phase_changes
+        tuner.enter(told.phase)
+        if told.phase is Phase.PREFILL and tuner.control.phase_changes > changes:
+            self.delays.add(time.monotonic() - told.since_s)
 
     def _falls_silent(self, tuner: Tuner) -> bool:
         """Whether the replica has just become one that hangs; tells the tuner whether it is one.

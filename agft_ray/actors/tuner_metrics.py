@@ -23,6 +23,7 @@ GAUGES = {
 COUNTERS = {
     "agft_clock_changes": "Changes of what is locked",
     "agft_phase_changes": "Those of them within a plan, when the engine did something else",
+    "agft_phase_changes_put_off": "Phases whose clock had to wait: too many changes in a second",
     "agft_energy_j": "Energy of all windows",
     "agft_windows": "Windows observed",
     "agft_pressure_windows": "Those of them after which pressure led to default clocks",
@@ -56,8 +57,12 @@ class TunerMetrics:
 
         self._gpus = [{"gpu_uuid": uuid} for uuid in gpu.uuid.split(",")]
         self._locked = gauge(_LOCKED[gpu.actuator])
-        self._changes = [counter("agft_clock_changes"), counter("agft_phase_changes")]
-        self._changes_shown = [0, 0]
+        self._changes = [
+            counter("agft_clock_changes"),
+            counter("agft_phase_changes"),
+            counter("agft_phase_changes_put_off"),
+        ]
+        self._changes_shown = [0, 0, 0]
         self._sm_clock = gauge("agft_sm_clock_mhz")
         self._power = gauge("agft_power_w")
         self._tpot = gauge("agft_tpot_s")
@@ -73,7 +78,9 @@ class TunerMetrics:
         self._tuning.set(float(tuner.state == TunerState.TUNING))
         for gpu in self._gpus:
             self._locked.set(tuner.control.locked or 0, tags=gpu)
-        for index, changes in enumerate((tuner.control.changes, tuner.control.phase_changes)):
+        control = tuner.control
+        counts = control.changes, control.phase_changes, control.phase_changes_put_off
+        for index, changes in enumerate(counts):
             if changes > self._changes_shown[index]:
                 self._changes[index].inc(changes - self._changes_shown[index])
                 self._changes_shown[index] = changes

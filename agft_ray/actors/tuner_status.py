@@ -25,6 +25,7 @@ def with_tuner(status: TunerStatus, tuner: Tuner, last: WindowRecord | None) -> 
         clock_changes=tuner.control.changes,
         phase_changes=tuner.control.phase_changes,
         clock_change_s=tuner.control.timer.median_s,
+        phase_changes_put_off=tuner.control.phase_changes_put_off,
         plan=tuner.control.plan.arms,
         reset_due=tuner.control.reset_due,
         energy_weight=tuner.energy_weight.value,

@@ -1,21 +1,27 @@
-"""What one control step costs: `agft-ray bench decision`."""
+"""What one control step costs, and one of the switch: `agft-ray bench decision`."""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
+from agft_ray.actors.phase_socket import Doorbell, phase_path
 from agft_ray.policy.agft.config import AgftConfig
 from agft_ray.policy.agft.linucb import LinUcb
 from agft_ray.policy.agft.policy import AgftPolicy
+from agft_ray.policy.phases.config import PhasesConfig
+from agft_ray.policy.phases.policy import PhasesPolicy
 from agft_ray.policy.reward import Reward
 from agft_ray.policy.statistics import FEATURES, features_of
+from agft_ray.serve.live_switch import LiveSwitch
 from agft_ray.telemetry.features import extract
-from agft_ray.types import EventReason, Outcome, StepTotals, Window
+from agft_ray.types import EventReason, Outcome, Plan, StepTotals, Window
 
 WARM_UP = 200
 
@@ -33,7 +39,8 @@ class Timing:
 
 
 def bench_decision(*, arms: int, steps: int, seed: int) -> list[Timing]:
-    """Time the policy's part of a control step, over `arms` clocks and random windows."""
+    """Time a policy's part of a control step, over `arms` clocks and random windows; and what the
+    replica's process does at an arrival and a step that change the phase."""
     clocks = [210 + 15 * index for index in range(arms)]
     windows = [window for window, _ in zip(_windows(seed), range(steps + WARM_UP), strict=False)]
     policy, reward = AgftPolicy(AgftConfig(seed=seed)), Reward()
@@ -57,7 +64,58 @@ def bench_decision(*, arms: int, steps: int, seed: int) -> list[Timing]:
     return [
         _timing(f"agft: context, select, reward, update; {arms} clocks", control_step, windows),
         _timing(f"LinUCB alone with evidence on all {arms} arms", every_arm, windows),
+        _timing(f"phases: context, select, update; {arms} clocks", _phases_step(clocks), windows),
+        _switch_timing(windows),
     ]
+
+
+def _phases_step(clocks: list[int]) -> Callable[[Window], None]:
+    """On a GPU whose steps are slower below 1500 MHz, and below 1200 MHz."""
+    policy = PhasesPolicy(PhasesConfig())
+
+    def step(window: Window) -> None:
+        context = extract(window)
+        plan = policy.select(context, clocks).chosen
+        window = _followed(window, plan)
+        policy.update(Outcome(window.arm, window.arm, context, 0.0, window))
+
+    return step
+
+
+def _followed(window: Window, plan: Plan) -> Window:
+    prefill, decode = window.prefill_steps, window.decode_steps
+    slower = [
+        max(1.0, knee / (arm or knee)) for arm, knee in zip(plan.arms, (1500, 1200), strict=False)
+    ]
+    return dataclasses.replace(
+        window,
+        plan=plan,
+        arm=plan.decode,
+        prefill_steps=dataclasses.replace(prefill, time_s=prefill.time_s * slower[0]),
+        decode_steps=dataclasses.replace(decode, time_s=decode.time_s * slower[1]),
+    )
+
+
+def _switch_timing(windows: list[Window]) -> Timing:
+    """Two changes, each told to a tuner, whose end is emptied meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="agft-bench-") as directory:
+        path = phase_path(Path(directory) / "leases", "bench")
+        switch, bell = LiveSwitch(), Doorbell()
+        bell.listen(path)
+        switch.connect(path)
+
+        def step(window: Window) -> None:
+            switch.on_arrival()
+            switch.on_step(0)
+
+        timing = _timing(
+            "switch: an arrival and a step, both told to the tuner",
+            step,
+            windows,
+            between=lambda: bell.wait(0.0),
+        )
+        bell.close()
+    return timing
 
 
 def versions() -> str:
@@ -65,9 +123,15 @@ def versions() -> str:
     return f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}"
 
 
-def _timing(what: str, step: Callable[[Window], None], windows: list[Window]) -> Timing:
+def _timing(
+    what: str,
+    step: Callable[[Window], None],
+    windows: list[Window],
+    between: Callable[[], object] = lambda: None,
+) -> Timing:
     times_ms = []
     for window in windows:
+        between()
         start_s = time.perf_counter()
         step(window)
         times_ms.append((time.perf_counter() - start_s) * 1e3)

@@ -1,4 +1,4 @@
-"""What a tuner costs a real vLLM engine, on the CPU: `agft-ray bench vllm`."""
+"""What a tuner and its switch cost a real vLLM engine, on the CPU: `agft-ray bench vllm`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from agft_ray.errors import AgftError
 from agft_ray.results.spread import median_interval
 from agft_ray.serve.run import free_port, serve_run
 from agft_ray.settings import TunerConfig
+from agft_ray.telemetry.delays import Delays
 
 BLOCK_S = 10.0
 """As long as the interval of Ray's metrics, so that each block of a tuner has one reading of them,
@@ -46,6 +47,8 @@ FIGURES: tuple[tuple[str, Callable[[Block], float], Callable[[float], bool]], ..
     ("p99 TTFT", lambda block: block.ttft_s(0.99), lambda median: median <= MAX_TTFT_RATIO),
 )
 """What is compared, and which median is good enough."""
+MAX_DELAY_MS = 10.0
+"""From a prompt's arrival to the GPU's having been called for its clock, in the median."""
 ANSWER_TIMEOUT_S = 60.0
 EXECUTORS = {
     "uni": "the model in the engine core's process, as with one GPU",
@@ -75,14 +78,16 @@ def bench_vllm(
     executor: str = "uni",
     seed: int = 0,
 ) -> int:
-    """vLLM with a tuner against vLLM without, three engines loaded in alternating blocks.
+    """vLLM with tuner and switch against vLLM without, three engines loaded in alternating blocks.
 
-    The third has a tuner, and does not time its steps: what that costs is told apart. Each engine
+    The tuner has a clock for prompts and one for further tokens (policy `pair`), on a simulated
+    GPU. The third engine does not time its steps: what that costs is told apart. Each engine
     is in a replica of its own on a Ray cluster of the bench's own, and gets its load from within
     the replica, so that nothing but engine and tuner is measured; the others idle meanwhile. The
     requests of a round's blocks are the same. Prints every block, then the medians of the rounds'
     ratios with their intervals, and whether that of tuned to untuned is within the targets:
-    tokens/s not below 0.99, p99 TTFT not above 1.01, or 1 within the interval.
+    tokens/s not below 0.99, p99 TTFT not above 1.01, or 1 within the interval. And how long it
+    takes from a prompt's arrival until the GPU has been called, whose median is to be under 10 ms.
 
     Args:
         model: directory of a small model.
@@ -154,6 +159,8 @@ class _Bench:
     usage: dict[str, CpuUsage] = field(default_factory=lambda: {side: CpuUsage() for side in SIDES})
     windows: int = 0
     clock_changes: int = 0
+    put_off: int = 0
+    delays: Delays = field(default_factory=Delays)
 
     def run(self, rounds: int, seed: int) -> None:
         order = random.Random(seed)
@@ -179,10 +186,15 @@ class _Bench:
         answer = self._measure(side, seed)
         self.usage[side].add(before, cpu_seconds(), time.monotonic() - start_s)
         if side in TUNED:
-            self.windows += answer["tuner"]["windows"]
-            self.clock_changes += answer["tuner"]["clock_changes"]
+            self._count(answer["tuner"])
         self._ask(side, do="end")
         return Block(**answer["block"])
+
+    def _count(self, status: Mapping[str, Any]) -> None:
+        self.windows += status["windows"]
+        self.clock_changes += status["clock_changes"]
+        self.put_off += status["phase_changes_put_off"]
+        self.delays.merge(status["phase_delays"])
 
     def _measure(self, side: str, seed: int) -> dict[str, Any]:
         return self._ask(side, do="measure", seed=seed, warm_up_s=WARM_UP_S, block_s=self.block_s)
@@ -201,10 +213,14 @@ class _Bench:
         """Returns the exit status."""
         for side in SIDES:
             print(f"CPU by Ray process, blocks {side}: {self.usage[side]}")
-        print(f"the tuners had {self.windows} windows and made {self.clock_changes} clock changes")
+        print(
+            f"the tuners had {self.windows} windows, made {self.clock_changes} clock changes and "
+            f"put {self.put_off} off"
+        )
         lines, is_missed = summary(self.rounds, seed)
-        print(*lines, sep="\n")
-        return int(is_missed)
+        delays, is_late = delay_lines(self.delays)
+        print(*lines, *delays, sep="\n")
+        return int(is_missed or is_late)
 
 
 def refuse_idle_tuner(status: Mapping[str, Any] | None) -> None:
@@ -213,6 +229,18 @@ def refuse_idle_tuner(status: Mapping[str, Any] | None) -> None:
         raise AgftError(
             f"the tuner has not come to work, so there is nothing to measure; its status: {status}"
         )
+
+
+def delay_lines(delays: Delays) -> tuple[list[str], bool]:
+    """The lines that show how soon clocks follow prompts; and whether that target is missed."""
+    median_ms, p99_ms = (delays.percentile_ms(share) for share in (0.5, 0.99))
+    is_late = not 0 < median_ms <= MAX_DELAY_MS
+    head = (
+        f"from a prompt's arrival until the GPU has been called, {sum(delays.counts)} times: "
+        f"median up to {median_ms:g} ms, p99 up to {p99_ms:g} ms; the target "
+        f"{'is missed' if is_late else 'holds'}"
+    )
+    return [head, *delays.lines()], is_late
 
 
 def summary(rounds: Sequence[Mapping[str, Block]], seed: int) -> tuple[list[str], bool]:

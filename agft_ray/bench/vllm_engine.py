@@ -24,23 +24,31 @@ from agft_ray.serve.link import TunerLink
 from agft_ray.serve.vllm.statistics import VllmStats
 
 SIDES = {
-    "without": "no tuner, no plugin",
-    "untimed": "tuner, vLLM does not time its steps",
-    "with": "tuner, vLLM times its steps",
+    "without": "no tuner, no switch, no plugin",
+    "untimed": "tuner and switch, vLLM does not time its steps",
+    "with": "tuner and switch, vLLM times its steps",
 }
 """Whose blocks alternate; the last is how a tuned engine is run."""
 BENCH = "bench-vllm"
 GPU_LOAD = "llama-3.1-8b"
 """A model of the GPU's profile, which must name one; nothing loads the GPU."""
-POLICY = {"name": "agft", "baseline_windows": 1}
-"""Tries another clock in almost every window, as at the start of its life: all that it can cost."""
+POLICY = {"name": "pair", "prefill_sm_clock_mhz": 1500, "decode_sm_clock_mhz": 1200}
+"""Each prompt is a change of clock and another back, as under `phases`; what that has to compute
+besides, once a window, `agft-ray bench decision` tells."""
 CLIENTS = 8
 PROMPT_TOKENS, OUTPUT_TOKENS = (32, 128, 512), (16, 32, 64)
 TOKEN_IDS = range(256)
 """Of prompts: there is no model that does not have these."""
 TUNER_START_TIMEOUT_S = 30.0
 POLL_S = 0.2
-STATUS_FIELDS = ("state", "reason", "windows", "clock_changes")
+STATUS_FIELDS = (
+    "state",
+    "reason",
+    "windows",
+    "clock_changes",
+    "phase_changes_put_off",
+    "phase_delays",
+)
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,

@@ -38,7 +38,7 @@ def add_command(commands: Commands) -> None:
     overhead.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
     overhead.add_argument("--block-s", type=float, default=5.0, metavar="S")
     overhead.set_defaults(command=_bench_overhead)
-    vllm = kinds.add_parser("vllm", help="vLLM with tuner against without (Ray, vLLM on the CPU)")
+    vllm = kinds.add_parser("vllm", help="vLLM with tuner and switch against without (Ray)")
     vllm.add_argument("model", type=Path, help="folder of a model, see examples/tiny_model.py")
     vllm.add_argument("--blocks", type=int, default=20, help="blocks of each side")
     vllm.add_argument("--block-s", type=float, default=10.0, metavar="S", help="default: 10")

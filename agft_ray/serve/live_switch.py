@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from agft_ray.actors.phase_socket import PhaseSender
+from agft_ray.actors.phase_socket import PhaseSender, Told
 from agft_ray.switch import Switch
 from agft_ray.types import Phase
 
@@ -24,6 +25,7 @@ class LiveSwitch:
         self._switch = Switch()
         self._sender: PhaseSender | None = None
         self._is_broken = False
+        self._since_s = time.monotonic()
 
     @property
     def phase(self) -> Phase:
@@ -34,28 +36,29 @@ class LiveSwitch:
         """The tuner listens there, or will."""
         self._sender = PhaseSender(path)
 
-    def on_arrival(self, t_s: float) -> None:
+    def on_arrival(self) -> None:
         """See `Switch.on_arrival`."""
-        self._tell(lambda: self._switch.on_arrival(t_s))
+        self._tell(self._switch.on_arrival)
 
-    def on_step(self, t_s: float, had_prefill: bool, pending_prompts: int) -> None:
+    def on_step(self, pending_prompts: int) -> None:
         """See `Switch.on_step`."""
-        self._tell(lambda: self._switch.on_step(t_s, had_prefill, pending_prompts))
+        self._tell(lambda: self._switch.on_step(pending_prompts))
 
-    def on_empty(self, t_s: float) -> None:
+    def on_empty(self) -> None:
         """See `Switch.on_empty`."""
-        self._tell(lambda: self._switch.on_empty(t_s))
+        self._tell(self._switch.on_empty)
 
     def repeat(self) -> None:
         """Tell once more: the tuner may be a new one, or have been told too much at once."""
         if self._sender is not None:
-            self._sender.send(self.phase)
+            self._sender.send(Told(self.phase, self._since_s))
 
     def _tell(self, event: Callable[[], Phase | None]) -> None:
         try:
             if event() is not None:
+                self._since_s = time.monotonic()
                 self.repeat()
         except Exception:
             if not self._is_broken:
                 log.exception("the switch is off, prompts and decodes have one clock")
-            self._is_broken = True
+            self._is_broken, self._since_s = True, time.monotonic()

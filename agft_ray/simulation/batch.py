@@ -28,15 +28,15 @@ class StepDevice(Protocol):
 class StepListener(Protocol):
     """Is told what an engine does, as a server is by its engine."""
 
-    def on_arrival(self, t_s: float) -> None:
+    def on_arrival(self) -> None:
         """A prompt has come."""
         ...
 
-    def on_step(self, t_s: float, had_prefill: bool, pending_prompts: int) -> None:
+    def on_step(self, pending_prompts: int) -> None:
         """A step has ended, or a series of decode steps; so many prompts have no token yet."""
         ...
 
-    def on_empty(self, t_s: float) -> None:
+    def on_empty(self) -> None:
         """Nothing runs and nothing waits."""
         ...
 

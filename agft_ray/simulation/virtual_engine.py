@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from agft_ray.simulation.batch import Batch, SeriesDevice, StepDevice, StepListener
+from agft_ray.simulation.batch import Batch, SeriesDevice, StepDevice
 from agft_ray.simulation.engine import BatchingEngine
 from agft_ray.simulation.physics import StepWork
 from agft_ray.types import EngineSample
@@ -29,8 +29,17 @@ class StepHook(Protocol):
         ...
 
 
-class PhaseListener(StepListener, Protocol):
-    """Acts on what it is told a while later. Arrivals it is told of by whoever submits."""
+class PhaseListener(Protocol):
+    """Is told what the engine does, and acts on it a while later. Arrivals it is told of by whoever
+    submits."""
+
+    def on_step(self, t_s: float, pending_prompts: int) -> None:
+        """A step has ended, or a series of decode steps; so many prompts have no token yet."""
+        ...
+
+    def on_empty(self, t_s: float) -> None:
+        """Nothing runs and nothing waits."""
+        ...
 
     @property
     def due_s(self) -> float:
@@ -148,7 +157,7 @@ class VirtualEngine:
             steps, end_s = device.run_series(self._start_s, series.work, series.steps, until_s)
             if steps:
                 finished = self._engine.complete_decodes(steps, self._start_s, end_s)
-                self._end_steps(finished, end_s, had_prefill=False)
+                self._end_steps(finished, end_s)
             if steps < series.steps and self._start_s < arrival_s:
                 self._engine.begin_decode()
                 self._decoding = True
@@ -172,18 +181,15 @@ class VirtualEngine:
         start_s, end_s = self._start_s, self._device.finish_step()
         if self._hook is not None:
             self._hook.after_step(start_s, end_s)
-        had_prefill = self._batch is not None and self._batch.work.prefill_tokens > 0
         if self._batch is None:
             finished = self._engine.complete_decodes(1, start_s, end_s)
         else:
             events = self._engine.complete(self._batch, start_s, end_s)
             finished = [event.timings for event in events if event.timings is not None]
         self._batch, self._decoding = None, False
-        self._end_steps(finished, end_s, had_prefill=had_prefill)
+        self._end_steps(finished, end_s)
 
-    def _end_steps(
-        self, finished: list[RequestTimings], end_s: float, *, had_prefill: bool
-    ) -> None:
+    def _end_steps(self, finished: list[RequestTimings], end_s: float) -> None:
         self._start_s = end_s
         if self._on_finish is not None:
             for timings in finished:
@@ -196,5 +202,4 @@ class VirtualEngine:
         if is_idle:
             self._phases.on_empty(end_s)
         else:
-            pending = self._engine.pending_prompts(end_s)
-            self._phases.on_step(end_s, had_prefill, pending)
+            self._phases.on_step(end_s, self._engine.pending_prompts(end_s))

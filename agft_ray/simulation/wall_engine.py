@@ -116,7 +116,7 @@ class WallEngine:
         try:
             self._submitted.set()
             if self._phases is not None:
-                self._phases.on_arrival(self._clock.now_s())
+                self._phases.on_arrival()
             if was_empty and self._on_wake is not None:
                 self._on_wake()
             while True:
@@ -135,7 +135,7 @@ class WallEngine:
             batch = self._engine.schedule(t_s)
             if batch is None:
                 if self._phases is not None and self._engine.is_idle(self._clock.now_s()):
-                    self._phases.on_empty(t_s)
+                    self._phases.on_empty()
                 t_s = max(t_s, await self._next_arrival_s())
             else:
                 t_s = await self._step(t_s, batch)
@@ -162,8 +162,7 @@ class WallEngine:
             if stream is not None:
                 stream.push(event)
         if self._phases is not None and not self._engine.is_empty:
-            pending = self._engine.pending_prompts(self._clock.now_s())
-            self._phases.on_step(end_s, batch.work.prefill_tokens > 0, pending)
+            self._phases.on_step(self._engine.pending_prompts(self._clock.now_s()))
         return end_s
 
     async def _sleep_to_end(self, predicted_s: float) -> None:

@@ -67,6 +67,10 @@ class TunerStatus:
     clock_changes: int | Unknown = UNKNOWN
     phase_changes: int | Unknown = UNKNOWN
     """Those of them within a plan."""
+    phase_changes_put_off: int | Unknown = UNKNOWN
+    """Phases whose clock had to wait: at most `MAX_CHANGES_PER_S` changes a second are made."""
+    phase_delays: list[int] | Unknown = UNKNOWN
+    """From a prompt's arrival to the GPU's having been called: counts by bin of `UPPER_MS`."""
     clock_change_s: float | Unknown | None = UNKNOWN
     """How long a change of the clock takes, the call included: the median of the last ones."""
     plan: tuple[Arm, Arm, Arm] | Unknown = UNKNOWN

@@ -28,15 +28,15 @@ class SwitchedClocks:
 
     def on_arrival(self, t_s: float) -> None:
         """A prompt has come."""
-        self._tell(t_s, self._switch.on_arrival(t_s))
+        self._tell(t_s, self._switch.on_arrival())
 
-    def on_step(self, t_s: float, had_prefill: bool, pending_prompts: int) -> None:
+    def on_step(self, t_s: float, pending_prompts: int) -> None:
         """See `PhaseListener`."""
-        self._tell(t_s, self._switch.on_step(t_s, had_prefill, pending_prompts))
+        self._tell(t_s, self._switch.on_step(pending_prompts))
 
     def on_empty(self, t_s: float) -> None:
         """See `PhaseListener`."""
-        self._tell(t_s, self._switch.on_empty(t_s))
+        self._tell(t_s, self._switch.on_empty())
 
     def act(self, t_s: float) -> None:
         """See `PhaseListener`."""

@@ -22,8 +22,16 @@ sys.path.insert(0, str(HERE.parent / "fake_nvml"))
 
 from fake_nvml import FakeNvml, build  # noqa: E402
 
-CLOCK_MHZ = 1200
-"""What the victim's tuner locks."""
+CLOCK_MHZ, PREFILL_MHZ = 1200, 1500
+"""What the victim's tuner locks: the one, or both in turns, as the policy says."""
+POLICIES = {
+    "fixed": {"name": "fixed", "sm_clock_mhz": CLOCK_MHZ},
+    "pair": {
+        "name": "pair",
+        "prefill_sm_clock_mhz": PREFILL_MHZ,
+        "decode_sm_clock_mhz": CLOCK_MHZ,
+    },
+}
 RECOVERY_S = 30.0
 """Within which Serve or Ray has replaced what was killed, and the clocks are locked again."""
 GUARD_END_S = 15.0

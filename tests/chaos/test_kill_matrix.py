@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from processes import wait_until
-from rig import RECOVERY_S, running
+from rig import CLOCK_MHZ, POLICIES, PREFILL_MHZ, RECOVERY_S, running
 
 pytestmark = pytest.mark.ray
 
@@ -21,6 +21,7 @@ RESET_S = 1.0
 HEARTBEAT_S = 5.0
 """Without a sign of life for so long, tuner and replica count as hung."""
 WINDOW_S = 0.5
+NVML_ERROR_UNKNOWN = 999
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,20 @@ def gpu(rig):
 
 
 @pytest.fixture
-def holder(driver, gpu):
+def policy():
+    """By default the one whose clock stays."""
+    return POLICIES["fixed"]
+
+
+by_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+"""For what may come while clocks are switched in the midst of windows, too."""
+switching = pytest.mark.parametrize("policy", [POLICIES["pair"]], ids=["pair"])
+
+
+@pytest.fixture
+def holder(driver, gpu, policy):
     """Who has locked the clocks; the app is deployed first, unless it is as it should be."""
-    driver.deploy(gpu.lease_dir)
+    driver.deploy(gpu.lease_dir, policy=policy)
     return gpu.wait_locked()
 
 
@@ -95,6 +107,7 @@ def test_nothing_is_touched_before(driver, gpu):
 # -- the tuner -------------------------------------------------------------------------------------
 
 
+@by_policy
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_tuner(driver, gpu, holder, signum):
     replica = driver.call("ping")
@@ -103,6 +116,7 @@ def test_tuner(driver, gpu, holder, signum):
     assert driver.call("ping") == replica
 
 
+@by_policy
 def test_tuner_hangs(driver, gpu, holder):
     with stopped(holder.tuner.pid) as since_s:
         bound_s = HEARTBEAT_S + RESET_S
@@ -152,23 +166,28 @@ def test_ray_kills_the_tuner_for_good(driver, gpu, holder):
 # -- the replica -----------------------------------------------------------------------------------
 
 
+@by_policy
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_replica(driver, gpu, holder, signum):
     os.kill(driver.call("ping"), signum)
     reset_and_locked_again(f"{signum.name} of the replica", gpu, holder)
 
 
-@pytest.mark.parametrize("window_s", [WINDOW_S, 60.0])
-def test_replica_hangs(driver, gpu, holder, window_s):
+@pytest.mark.parametrize(
+    ("policy", "window_s"),
+    [(POLICIES["fixed"], WINDOW_S), (POLICIES["fixed"], 60.0), (POLICIES["pair"], 60.0)],
+    ids=["fixed", "fixed, long windows", "pair, long windows"],
+)
+def test_replica_hangs(driver, gpu, holder, policy, window_s):
     replica = driver.call("ping")
-    driver.deploy(gpu.lease_dir, window_s=window_s)
+    driver.deploy(gpu.lease_dir, window_s=window_s, policy=policy)
     time.sleep(2 * WINDOW_S)
     assert gpu.wait_locked().tuner == holder.tuner, "kept over a change of the window"
     with stopped(replica) as since_s:
         row = f"SIGSTOP of the replica, windows of {window_s:g} s"
         reset = gpu.wait_reset(row, holder, HEARTBEAT_S + RESET_S, from_s=since_s)
         assert reset.pid == holder.tuner.pid, "the tuner saw for itself that it is blind"
-    driver.deploy(gpu.lease_dir)
+    driver.deploy(gpu.lease_dir, policy=policy)
     assert gpu.wait_locked().tuner == holder.tuner
     assert driver.call("ping") == replica
 
@@ -194,6 +213,7 @@ def test_constructor_fails(driver, gpu, holder):
 # -- the guard -------------------------------------------------------------------------------------
 
 
+@by_policy
 def test_guard(gpu, holder):
     os.kill(holder.guard_pid, signal.SIGKILL)
     killed_s = time.monotonic()
@@ -212,6 +232,7 @@ def kill_guard_and_tuner(holder):
     os.kill(holder.tuner.pid, signal.SIGKILL)
 
 
+@by_policy
 def test_guard_and_tuner(gpu, holder):
     kill_guard_and_tuner(holder)
     reset = gpu.wait_reset("SIGKILL of guard and tuner", holder, RECOVERY_S)
@@ -229,6 +250,66 @@ def test_guard_and_tuner_with_a_guard_of_the_node(driver, gpu, holder):
         reset = gpu.wait_reset(row, holder, 2.0)
         assert reset.pid == guard_pid
         gpu.wait_locked(after=holder)
+
+
+# -- the switch ------------------------------------------------------------------------------------
+
+
+def only(gpu, *clocks_mhz):
+    """Whether all of them are seen, and nothing else, for two windows."""
+    seen, end_s = set(), time.monotonic() + 2 * WINDOW_S
+    while time.monotonic() < end_s:
+        seen.add(gpu.locked_mhz)
+        if not seen <= set(clocks_mhz):
+            return False
+        time.sleep(0.005)
+    return seen == set(clocks_mhz)
+
+
+@switching
+def test_clocks_are_switched(gpu, holder):
+    wait_until(lambda: only(gpu, CLOCK_MHZ, PREFILL_MHZ), 5, "both clocks in turns")
+
+
+@switching
+@pytest.mark.parametrize("how", ["silent", "unheard"])
+def test_a_switch_that_tells_of_no_prompt_leaves_prompts_their_clock(driver, gpu, holder, how):
+    """From the decode clock; then the replica, or the tuner, dies, and all is as at first."""
+    driver.call("fall_silent")
+    wait_until(lambda: only(gpu, CLOCK_MHZ), 5, "decode's clock")
+    if how == "unheard":
+        for path in Path(gpu.lease_dir, "phases").iterdir():
+            path.unlink()
+    driver.call("have_prompts")
+    wait_until(lambda: only(gpu, PREFILL_MHZ), 5, "prompts' clock")
+    os.kill(driver.call("ping"), signal.SIGKILL)
+    reset_and_locked_again(f"SIGKILL of a replica whose switch is {how}", gpu, holder)
+    wait_until(lambda: only(gpu, CLOCK_MHZ, PREFILL_MHZ), 5, "both clocks in turns")
+
+
+def test_under_phases(driver, gpu):
+    """It locks decode's clock, the only one it may choose, and goes on at default clocks when a
+    prompt comes, as it has seen none to learn from."""
+    policy = {"name": "phases", "baseline_decode_steps": 20}
+    only_clock = {"min_sm_clock_mhz": CLOCK_MHZ, "max_sm_clock_mhz": CLOCK_MHZ}
+    driver.deploy(gpu.lease_dir, policy=policy, **only_clock)
+    wait_until(lambda: only(gpu, CLOCK_MHZ, None), RECOVERY_S, "decode's clock in turns")
+    for what in ("tuner", "replica"):
+        holder = gpu.wait_locked()
+        os.kill(holder.tuner.pid if what == "tuner" else driver.call("ping"), signal.SIGKILL)
+        reset_and_locked_again(f"SIGKILL of the {what} under phases", gpu, holder)
+
+
+@switching
+def test_nvml_fails_while_clocks_are_switched(gpu, holder):
+    for group in ("set", "reset"):
+        gpu.fake.gpu(0).fail(group, NVML_ERROR_UNKNOWN)
+    time.sleep(WINDOW_S)
+    for group in ("set", "reset"):
+        gpu.fake.gpu(0).fail(group, 0)
+    gpu.wait_reset("NVML fails", holder, HEARTBEAT_S + RESET_S, from_s=time.monotonic())
+    assert gpu.wait_locked().tuner == holder.tuner
+    wait_until(lambda: only(gpu, CLOCK_MHZ, PREFILL_MHZ), 5, "both clocks in turns")
 
 
 # -- Serve -----------------------------------------------------------------------------------------

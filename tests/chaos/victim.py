@@ -1,8 +1,13 @@
-"""A deployment to kill: a real tuner on a (fake) NVIDIA GPU, and no engine behind it."""
+"""A deployment to kill: a real tuner on a (fake) NVIDIA GPU, and no engine behind it.
+
+Its switch tells now of a prompt, now of none, all the time, and under the policy `pair` clocks
+follow; the rest of it is as under `fixed`.
+"""
 
 import asyncio
 import os
 import time
+from dataclasses import replace
 
 import ray
 from ray import serve
@@ -19,6 +24,7 @@ CONFIG = {
     "settle_s": 0.1,
 }
 REQUESTS, TOKENS_PER_S = 4, 200
+PHASE_S, FIRST_TOKENS_PER_S = 0.06, 10
 
 
 def busy_engine(t_s):
@@ -54,8 +60,10 @@ class Victim:
 
     async def __init__(self, lease_dir, version, fails, slow_s):
         self._link = attach_tuner(
-            busy_engine, gpu=NvmlGpuConfig(lease_dir=lease_dir), engine_model="m", config=CONFIG
+            self._sample, gpu=NvmlGpuConfig(lease_dir=lease_dir), engine_model="m", config=CONFIG
         )
+        self._prompts_come = False
+        self._telling = asyncio.create_task(self._tell())
         self._reconfigured_s = 0.0
         self._is_healthy = True
         self._requests_under_way = 0
@@ -66,6 +74,28 @@ class Victim:
                 await asyncio.sleep(0.05)
             await asyncio.sleep(0.5)
             raise RuntimeError(f"version {version} fails on purpose")
+
+    def _sample(self, t_s):
+        sample, first_tokens = busy_engine(t_s), int(FIRST_TOKENS_PER_S * t_s)
+        if not self._prompts_come:
+            return sample
+        return replace(sample, ttft_count=first_tokens, ttft_sum_s=0.1 * first_tokens)
+
+    async def _tell(self):
+        while True:
+            self._link.switch.on_step(0)
+            await asyncio.sleep(PHASE_S)
+            self._link.switch.on_arrival()
+            await asyncio.sleep(PHASE_S)
+
+    def fall_silent(self):
+        """The switch tells of no prompt any more, whatever comes."""
+        self._telling.cancel()
+        self._link.switch.on_step(0)
+
+    def have_prompts(self):
+        """First tokens come, as the engine's statistics say."""
+        self._prompts_come = True
 
     def reconfigure(self, user_config):
         self._link.reconfigure(user_config)

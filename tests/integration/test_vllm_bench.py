@@ -25,6 +25,8 @@ def test_one_round_of_short_blocks(tiny_model):
         assert float(speed) > 0
     (windows,) = re.findall(r"the tuners had (\d+) windows", run.stdout)
     assert int(windows) >= 2, "a tuner on each of two sides"
+    (followed,) = re.findall(r"until the GPU has been called, (\d+) times", run.stdout)
+    assert int(followed) >= 2, "no clock followed a prompt"
     assert re.search(r"CPU by Ray process, blocks with: .*FrequencyTuner", run.stdout)
     (without,) = re.findall(r"CPU by Ray process, blocks without: (.*)", run.stdout)
     assert "FrequencyTuner" not in without, "a tuner has outlived its block"

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from agft_ray.actors.phase_socket import Doorbell, phase_path
 from agft_ray.types import EngineSample, EventReason, GpuSample, StepTotals, Window
 
 WINDOW = Window(
@@ -62,3 +63,18 @@ def make_gpu_sample():
         )
 
     return make
+
+
+@pytest.fixture
+def phases_at(tmp_path):
+    """Where the phases of a replica "r" are told."""
+    return phase_path(tmp_path / "leases", "r")
+
+
+@pytest.fixture
+def bell(phases_at):
+    """A tuner's, which listens there."""
+    bell = Doorbell()
+    bell.listen(phases_at)
+    yield bell
+    bell.close()

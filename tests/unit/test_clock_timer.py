@@ -51,6 +51,11 @@ def test_of_several_the_median_of_the_last_is_told(reading):
     assert timer.median_s == pytest.approx(0.1, abs=POLL_S + 1e-9)
 
 
+def test_a_slow_card_is_waited_for_twice_as_long_as_its_changes_take(reading):
+    assert ClockTimer().settling_s(0.2) == timed(reading, 0.03).settling_s(0.2) == 0.2
+    assert timed(reading, 0.2).settling_s(0.2) >= 0.4
+
+
 def test_a_clock_that_never_comes_is_unknown_and_one_that_seldom_does_takes_as_long_as_waited(
     reading,
 ):

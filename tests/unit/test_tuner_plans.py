@@ -167,10 +167,13 @@ def test_no_more_changes_a_second_than_stated_and_what_was_put_off_is_caught_up_
             bench.tuner.enter(phase)
     assert len(bench.gpu.calls) - calls <= MAX_CHANGES_PER_S + 1
     assert bench.gpu.locked == 1500, "the way up is never put off"
+    put_off = bench.tuner.control.phase_changes_put_off
+    assert 2 * (500 - put_off) == len(bench.gpu.calls) - calls
     bench.tuner.enter(DECODE)
     assert bench.gpu.locked == 1500
     bench.run(2.0)
     assert bench.gpu.locked == 1230
+    assert bench.tuner.control.phase_changes_put_off == put_off + 1, "a phase counts once"
 
 
 def test_a_switch_that_tells_of_no_prompt_while_first_tokens_come_is_not_believed():

@@ -29,7 +29,7 @@ class PendingPrompts:
     def on_arrival(self) -> None:
         """A request has come to the front end."""
         self._pending, self._fruitless, self._arrived_s = self._pending + 1, 0, self._now_s()
-        self._switch.on_arrival(self._arrived_s)
+        self._switch.on_arrival()
 
     def on_step(
         self, *, running: int, waiting: int, first_tokens: int, had_prefill: bool, is_timed: bool
@@ -42,13 +42,13 @@ class PendingPrompts:
             self._pending = 0
         pending = max(self._pending, waiting)
         if running or pending:
-            self._switch.on_step(self._now_s(), had_prefill, pending)
+            self._switch.on_step(pending)
         else:
-            self._switch.on_empty(self._now_s())
+            self._switch.on_empty()
 
     def settle(self, *, is_empty: bool) -> None:
         """To be called now and then: an empty engine tells nothing, and a prompt that never came to
         it was aborted."""
         if is_empty and self._pending and self._now_s() - self._arrived_s > ON_ITS_WAY_S:
             self._pending = 0
-            self._switch.on_empty(self._now_s())
+            self._switch.on_empty()

@@ -2,9 +2,12 @@
 
     python phase_follower.py DEVICE_FILE
 
-The engine's statistics are made up here: it is always busy.
+The engine's statistics are made up here: it is always busy. It ends with its parent, also while it
+is stopped: else it would keep the pipe that the tests' output goes to.
 """
 
+import ctypes
+import signal
 import sys
 import threading
 import time
@@ -20,6 +23,7 @@ from agft_ray.telemetry.ray_metrics import ServeMetrics
 from agft_ray.types import EngineSample
 
 PAIR = {"name": "pair", "prefill_sm_clock_mhz": 1500, "decode_sm_clock_mhz": 1200}
+PR_SET_PDEATHSIG = 1
 _lock = SimulatedGpu.lock
 
 
@@ -29,6 +33,7 @@ def told_lock(gpu, setting):
 
 
 def main():
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     SimulatedGpu.lock = told_lock
     inbox = EngineInbox()
     spec = TunerSpec(

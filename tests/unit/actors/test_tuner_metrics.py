@@ -54,7 +54,12 @@ def metrics_of(uuid="GPU-1", actuator=Actuator.SM_CLOCK):
 
 
 def tuner(*, state="tuning", locked=None, changes=0):
-    control = SimpleNamespace(locked=locked, changes=changes, phase_changes=changes // 2)
+    control = SimpleNamespace(
+        locked=locked,
+        changes=changes,
+        phase_changes=changes // 2,
+        phase_changes_put_off=changes // 4,
+    )
     return SimpleNamespace(state=state, control=control)
 
 
@@ -80,6 +85,7 @@ def test_clock_changes_are_counted(made):
         metrics.show(tuner(changes=changes))
     assert made["agft_clock_changes"].values == {series(): 4}
     assert made["agft_phase_changes"].values == {series(): 2}
+    assert made["agft_phase_changes_put_off"].values == {series(): 1}
 
 
 def test_a_groups_lock_has_a_series_for_each_gpu_as_rays_own_metrics_have(made, make_window):

@@ -13,11 +13,13 @@ from agft_ray.bench.vllm import (
     SIDES,
     _Bench,
     bench_vllm,
+    delay_lines,
     refuse_idle_tuner,
     summary,
 )
 from agft_ray.bench.vllm_engine import CLIENTS, ENGINE, Block, measure
 from agft_ray.errors import AgftError
+from agft_ray.telemetry.delays import Delays
 
 
 def block(tokens_per_s, ttft_s=0.1):
@@ -96,6 +98,13 @@ def test_an_engine_that_fails_ends_the_block():
         loaded(Failing(), block_s=60.0)
 
 
+def told_in(delays_s):
+    delays = Delays()
+    for delay_s in delays_s:
+        delays.add(delay_s)
+    return delays
+
+
 # -- rounds of blocks ------------------------------------------------------------------------------
 
 
@@ -114,6 +123,8 @@ class FakeReplicas(_Bench):
     def _ask(self, side, **asked):
         self.asked.append((side, asked["do"], asked.get("seed")))
         status = {"state": self.state, "reason": "", "windows": 8, "clock_changes": 3}
+        delays = told_in([0.0007, 0.0013])
+        status |= {"phase_changes_put_off": 2, "phase_delays": delays.counts}
         block = {"tokens": 500, "elapsed_s": 5.0, "ttfts_s": [0.1]}
         return {"block": block, "tuner": None if side == "without" else status}
 
@@ -130,7 +141,8 @@ def test_the_blocks_of_a_round_have_the_same_requests_in_an_order_of_the_seed():
     assert len({turn[0][1] for turn in turns}) == 20
     for place in range(3):
         assert {turn[place][0] for turn in turns} == set(SIDES), "the order changes"
-    assert (bench.windows, bench.clock_changes) == (320, 120)
+    assert (bench.windows, bench.clock_changes, bench.put_off) == (320, 120, 80)
+    assert (sum(bench.delays.counts), bench.delays.percentile_ms(0.5)) == (80, 0.75)
     again = FakeReplicas()
     again.run(20, seed=0)
     assert again.asked == bench.asked
@@ -151,6 +163,7 @@ def test_the_screen_of_a_summary():
         "missed by TTFT": summary(rounds([900, 1000, 1100], with_ttft_s=0.2), seed=0)[0],
         "holds": summary(rounds([1000] * 20), seed=0)[0],
         "holds within the interval": summary(rounds([900] * 11 + [1100] * 9), seed=0)[0],
+        "delays": delay_lines(told_in([0.0007] * 98 + [0.004] * 2))[0],
     }
     assert_golden("bench_vllm", sections({name: "\n".join(s) for name, s in screens.items()}))
 
@@ -195,10 +208,27 @@ def test_the_target_of_ttft(ttft_s, missed):
     assert is_missed is missed
 
 
+@pytest.mark.parametrize(
+    ("delays_s", "missed"),
+    [([0.001, 0.0099, 0.5], False), ([0.001, 0.011, 0.5], True), ([], True)],
+)
+def test_the_target_of_delays(delays_s, missed):
+    lines, is_late = delay_lines(told_in(delays_s))
+    assert ("missed" in lines[0]) is missed
+    assert is_late is missed
+
+
+@pytest.mark.parametrize("delays_s", [[0.001], [0.02]])
+def test_the_exit_status_is_1_if_clocks_follow_late(delays_s, capsys):
+    bench = FakeReplicas()
+    bench.rounds, bench.delays = rounds([1000] * 3), told_in(delays_s)
+    assert bench.print_summary(seed=0) == (delays_s == [0.02])
+
+
 @pytest.mark.parametrize(("tokens_per_s", "status"), [(1000, 0), (900, 1)])
 def test_the_exit_status_is_1_if_a_target_is_missed(tokens_per_s, status, capsys):
     bench = FakeReplicas()
-    bench.rounds = rounds([tokens_per_s] * 3)
+    bench.rounds, bench.delays = rounds([tokens_per_s] * 3), told_in([0.001])
     assert bench.print_summary(seed=0) == status
     assert ("is missed" in capsys.readouterr().out) is bool(status)
 

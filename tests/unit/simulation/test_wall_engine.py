@@ -226,24 +226,24 @@ class Told:
     def __init__(self):
         self.events = []
 
-    def on_arrival(self, t_s):
+    def on_arrival(self):
         self.events.append("arrival")
 
-    def on_step(self, t_s, had_prefill, pending_prompts):
-        self.events.append((had_prefill, pending_prompts))
+    def on_step(self, pending_prompts):
+        self.events.append(pending_prompts)
 
-    def on_empty(self, t_s):
+    def on_empty(self):
         self.events.append("empty")
 
 
 def test_a_listener_is_told_of_arrivals_steps_and_emptiness():
     told = Told()
     asyncio.run(_serve_two(told))
-    steps = told.events[told.events.index((True, 0)) + 1 :]
+    steps = told.events[told.events.index(0) + 1 :]
     assert steps.count("arrival") == 1
     after = steps[steps.index("arrival") + 1 :]
-    assert after[0] == (False, 1), "the step that ran when it came has left it pending"
-    assert (True, 0) in after
+    assert after[0] == 1, "the step that ran when it came has left it pending"
+    assert 0 in after
     assert after[-1] == "empty"
 
 
@@ -251,9 +251,9 @@ async def _serve_two(told):
     async with serving(phases=told) as (engine, clock, _):
         await asyncio.sleep(0.01)
         first = asyncio.create_task(_drain(engine.submit(Request("a", clock.now_s(), 10, 6))))
-        while (True, 0) not in told.events:
+        while 0 not in told.events:
             await asyncio.sleep(0.001)
-        assert told.events == ["empty", "arrival", (True, 0)]
+        assert told.events == ["empty", "arrival", 0]
         second = asyncio.create_task(_drain(engine.submit(Request("b", clock.now_s(), 10, 2))))
         await asyncio.gather(first, second)
         await asyncio.sleep(0.02)

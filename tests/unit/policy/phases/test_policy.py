@@ -1,5 +1,6 @@
 """The policy as a whole: what it does when, and what it reaches in the simulator."""
 
+import json
 import time
 from dataclasses import replace
 
@@ -220,3 +221,21 @@ def test_simulated_it_saves_energy_with_every_mean_latency_within_the_bound(gpu,
     energy_j, latencies = simulated(PhasesConfig(), gpu=gpu)
     assert energy_j < (1 - saving) * default_j
     assert (latencies < 1.10 * default).all()
+
+
+def test_a_million_windows_leave_finite_sums_and_the_same_choice():
+    """As many, undiscounted: 5000 of them here, and their sums two hundred times."""
+    rng, policy = np.random.default_rng(0), PhasesPolicy(PhasesConfig(forgetting=1.0))
+    plan = walked(policy, 200, rng)[-1].chosen
+    few = [window_at(plan, rng) for _ in range(100)]
+    for number in range(5_000):
+        window = few[number % len(few)]
+        policy.update(Outcome(window.arm, window.arm, CONTEXT, 0.0, window))
+    for sums in (policy._prefill, policy._decode, policy._power):
+        sums.scale(200.0)
+    million = PhasesPolicy(PhasesConfig(forgetting=1.0))
+    million.restore(json.loads(json.dumps(policy.snapshot(), allow_nan=False)))
+    decisions = walked(million, 20, rng)
+    assert {each.reason for each in decisions} <= {"hold", "cheapest", "probe"}
+    assert decisions[-1].chosen.decode == pytest.approx(plan.decode, rel=0.03)
+    assert policy.status()["relearned"] == 0

@@ -18,17 +18,17 @@ class ToldSwitch:
     def __init__(self):
         self.switch, self.events = Switch(), []
 
-    def on_arrival(self, t_s):
+    def on_arrival(self):
         self.events.append(("arrival",))
-        self.switch.on_arrival(t_s)
+        self.switch.on_arrival()
 
-    def on_step(self, t_s, had_prefill, pending_prompts):
-        self.events.append(("step", had_prefill, pending_prompts))
-        self.switch.on_step(t_s, had_prefill, pending_prompts)
+    def on_step(self, pending_prompts):
+        self.events.append(("step", pending_prompts))
+        self.switch.on_step(pending_prompts)
 
-    def on_empty(self, t_s):
+    def on_empty(self):
         self.events.append(("empty",))
-        self.switch.on_empty(t_s)
+        self.switch.on_empty()
 
     @property
     def phase(self):
@@ -62,7 +62,7 @@ def test_the_others_of_several_prompts_keep_their_clock(told):
     for _ in range(3):
         prompts.on_arrival()
     decode(prompts, first_tokens=2, had_prefill=True)
-    assert (told.events[-1], told.phase) == (("step", True, 1), Phase.PREFILL)
+    assert (told.events[-1], told.phase) == (("step", 1), Phase.PREFILL)
     decode(prompts, first_tokens=1, had_prefill=True)
     assert told.phase is Phase.DECODE
 
@@ -142,7 +142,7 @@ def test_a_watched_engine_tells_of_arrivals_and_steps(told):
     stats.record(one, Iteration(64, 1, 0, [0.1]), 0)
     done = Scheduler()
     stats.record(done, Iteration(0, 1, 0, [], [0.02], [Finished(0.5)]), 0)
-    assert told.events == [("arrival",), ("step", True, 0), ("empty",)]
+    assert told.events == [("arrival",), ("step", 0), ("empty",)]
 
 
 def test_watching_again_for_another_tuner_tells_that_one_alone(told):
