@@ -1,10 +1,10 @@
 """What tuning changed, at equal work: requests of the same lengths, replicas with the same load.
 
 A router gives roles other requests, so their plain means differ by more than their clocks. Weights
-make both roles' mean lengths those of all requests together (calibration, Deville and Särndal, JASA
-87, 1992). A weighted mean is then that of a linear regression on the lengths, at the common ones;
-percentiles are weighted alike. Energy is compared by replica and block of time in the same way, at
-the mean rates of prompt and output tokens of all.
+give both roles the mean lengths of all requests together, and as many of each tenth of them
+(calibration, Deville and Särndal, JASA 87, 1992). A weighted mean is then that of a regression on
+the lengths, linear in each tenth but for a step; percentiles are weighted alike. Energy is compared
+by replica and block of time in the same way, at the mean rates of prompt and output tokens of all.
 
 Intervals are of a bootstrap over blocks of time, in which both roles are drawn together: requests
 that wait for one another are not independent, blocks that are longer than requests nearly are.
@@ -13,7 +13,7 @@ that wait for one another are not independent, blocks that are longer than reque
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,12 +25,14 @@ BLOCK_S = 30.0
 """Simulated. Nearly all requests of a conversation are answered within it."""
 MIN_BLOCKS = 10
 """From which on blocks tell how much they differ."""
-RESAMPLES, SEED = 400, 0
+RESAMPLES, SEED = 200, 0
 PERCENTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 MIN_BEYOND = 10
 """Requests of each role beyond a percentile that is compared."""
 MIN_MATCHED = 20
 """Values from which on how they go with work is known; fewer are compared as they are."""
+TENTHS, MIN_FOR_TENTHS = np.arange(1, 10) / 10, 180
+"""Fewer requests of a role are matched by their mean lengths alone."""
 
 Latencies = Mapping[str, Callable[[RequestRow], float | None]]
 """Those to compare: by name, how to have it of a request."""
@@ -41,7 +43,7 @@ class Sample:
     """What is compared of one role: values with their work, each in a block of time."""
 
     work: np.ndarray
-    """(n, 2): prompt and output tokens."""
+    """(n, k): prompt tokens, output tokens, and in which tenth of them requests are."""
     values: np.ndarray
     """(n,), in ascending order where percentiles are asked for."""
     blocks: np.ndarray
@@ -62,7 +64,7 @@ class Sample:
         return np.asarray(weights * (1.0 + centred @ off))
 
     def mean_work(self, draws: np.ndarray) -> np.ndarray:
-        """The mean work (2,), blocks counting as often as drawn."""
+        """The mean work (k,), blocks counting as often as drawn."""
         weights = self.weights * draws[self.blocks]
         return np.asarray(weights @ self.work / max(float(weights.sum()), 1e-12))
 
@@ -179,7 +181,7 @@ def figures_of(
     for name, value in latencies.items():
         samples = [_requests(rows[role], value, block) for role in roles]
         if all(len(sample.values) for sample in samples):
-            pairs[name] = Pair(*samples)
+            pairs[name] = Pair(*_by_tenths(samples))
     cells = [_powers(intervals[role], started_s, block) for role in roles]
     energy = Pair(*cells) if all(len(cell.values) for cell in cells) else None
     return Figures(pairs, energy, blocks)
@@ -197,6 +199,17 @@ def _requests(
     ]
     table = np.array(sorted(found), dtype=float).reshape(-1, 4)
     return Sample(table[:, 1:3], table[:, 0], table[:, 3].astype(int), np.ones(len(table)))
+
+
+def _by_tenths(samples: Sequence[Sample]) -> list[Sample]:
+    """With above which tenths of all requests' lengths each is, if there are enough."""
+    if min(len(sample.values) for sample in samples) < MIN_FOR_TENTHS:
+        return list(samples)
+    edges = np.quantile(np.concatenate([sample.work for sample in samples]), TENTHS, axis=0)
+    return [
+        replace(sample, work=np.hstack([sample.work, *(sample.work > edge for edge in edges)]))
+        for sample in samples
+    ]
 
 
 def _powers(

@@ -82,6 +82,7 @@ def test_percentiles_need_requests_beyond_them():
     assert (needed(0.5), needed(0.95), needed(0.99)) == (20, 200, 1000)
     for name in ("e2e_s.p50", "e2e_s.p95", "e2e_s.p99"):
         assert abs(found[name].mean - 10.0) < found[name].half_width
+    assert found["e2e_s.p50"].half_width < 5.0, "by tenths of lengths; 7 by their means alone"
     assert list(changes(tuned, holdout[:250])) == ["e2e_s.mean", "e2e_s.p50", "e2e_s.p95"]
 
 
