@@ -59,7 +59,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     ):
         status.stop()
         slo = Slo(config.tuner.slo.ttft_s, config.tuner.slo.tpot_s)
-        result, _ = run_replay(workload, url=app.url, out=out, slo=slo)
+        result, _ = run_replay(workload, url=app.url, out=out, slo=None if slo == Slo() else slo)
         status.start()
     console.print(f"Requests, time line, summary and the log of serve run: {out}")
     return exit_status(result)
