@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from agft_ray.config import Count, NonNegative, Positive, Share, StrictModel
-from agft_ray.policy.agft.config import AgftConfig
 from agft_ray.policy.baselines.fixed import FixedConfig
+from agft_ray.policy.baselines.pair import PairConfig
 from agft_ray.policy.goals import Goals, Objective, Statistic
+from agft_ray.policy.phases.config import PhasesConfig
 from agft_ray.policy.registry import PolicyConfig
 from agft_ray.telemetry.energy_weight import EnergyWeightConfig
 from agft_ray.types import Actuator
@@ -52,7 +53,7 @@ class TunerConfig(StrictModel):
 
     mode: Literal["off", "observe", "control"] = "control"
     """off: no tuner work at all; observe: measure and recommend; control: set SM clocks."""
-    policy: PolicyConfig = Field(default_factory=AgftConfig)
+    policy: PolicyConfig = Field(default_factory=PhasesConfig)
     """Which policy chooses the clock, and its parameters."""
     objective: Objective | None = None
     """What is to be least: energy x latency^m with m = 0, 1 or 2. None: the policy's own, which is
@@ -140,9 +141,14 @@ class TunerConfig(StrictModel):
         """What a policy may choose of what a GPU supports; a GPU that supports nothing can be
         observed.
 
-        Raises `ValueError` if nothing is left within the bounds, or for a fixed policy that sets
+        Raises `ValueError` if nothing is left within the bounds, or for a policy that sets
         something else.
         """
+        if isinstance(self.policy, PairConfig | PhasesConfig) and actuator is not Actuator.SM_CLOCK:
+            raise ValueError(
+                f"policy {self.policy.name} sets SM clocks, and the GPU's actuator is "
+                f"{actuator.value}: use policy agft, which sets {_BOUNDS[actuator][2]}s as well"
+            )
         if isinstance(self.policy, FixedConfig) and self.policy.actuator is not actuator:
             raise ValueError(
                 f"policy fixed sets {_BOUNDS[self.policy.actuator][0]}, and the GPU's actuator is "

@@ -29,15 +29,17 @@ def add_command(commands: Commands) -> None:
 
 def _policies(arguments: argparse.Namespace) -> int:
     from agft_ray.policy.imported import entry_points
+    from agft_ray.settings import TunerConfig
     from agft_ray.study.policy_specs import SEARCHES, is_governor, policies
 
-    known = policies()
+    known, default = policies(), TunerConfig().policy.name
     if arguments.name is not None:
         if arguments.name not in known:
             raise ConfigError("policies", [_unknown(arguments.name, known)])
         return _show(known[arguments.name])
     for name, model in known.items():
         kind = "step governor: " if is_governor(model.model_construct()) else ""
+        kind = "the default: " if name == default else kind
         print(f"{name:<16} {kind}{_summary(model)}")
     for name, path in entry_points().items():
         print(f"{name:<16} of another package: {path}")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agft_ray.cli import workload_options
-from agft_ray.workloads.requests import Request
 
 if TYPE_CHECKING:
     from agft_ray.replay.result import ReplayResult
@@ -68,7 +66,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 
 def run_replay(
-    workload: tuple[int, Iterable[Request]],
+    workload: workload_options.Workload,
     *,
     url: str,
     out: Path | None,
@@ -77,18 +75,17 @@ def run_replay(
     speed: float | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> tuple[ReplayResult, Comparison]:
-    """Replay, show the comparison, and write the files into `out` if there is one."""
+    """Replay, write the files into `out` if there is one, and show the comparison."""
     from rich.console import Console
 
     from agft_ray.replay.client import replay
     from agft_ray.replay.console import print_comparison, progress_display
     from agft_ray.replay.summary import summarise
 
-    count, requests = workload
-    with progress_display(count) as on_progress:
+    with progress_display(workload.count, last_arrival_s=workload.last_arrival_s) as on_progress:
         result = asyncio.run(
             replay(
-                requests,
+                workload.requests,
                 url=url,
                 model=model,
                 speed=speed,
@@ -97,9 +94,9 @@ def run_replay(
             )
         )
     comparison = summarise(result, slo=slo)
-    print_comparison(comparison, Console())
     if out is not None:
         result.write(out, summary=comparison.to_json())
+    print_comparison(comparison, Console())
     return result, comparison
 
 

@@ -48,7 +48,7 @@ EPILOG = (
     "`agft-ray policies NAME` lists its settings. Figures and files: docs/evaluation.md."
 )
 POLICY_HELP = (
-    "repeatable, default: agft. One of: %(choices)s. A clock as in fixed:1230, three as in "
+    "repeatable, default: phases. One of: %(choices)s. A clock as in fixed:1230, three as in "
     "pair:1500/1230/210 (prefill/decode/idle), settings as in agft:alpha=2,seed=3, a policy of "
     "your own as in my_pkg.mod:MyPolicy:key=value"
 )
@@ -178,10 +178,10 @@ def scenario_of(arguments: argparse.Namespace) -> Scenario:
 
 
 def specs_of(arguments: argparse.Namespace, scenario: Scenario) -> list[PolicySpec]:
-    """The policies that are named, each once, and `agft` if none is."""
+    """The policies that are named, each once, and `phases` if none is."""
     from agft_ray.study.policy_specs import parse_policy
 
-    labels = list(dict.fromkeys(arguments.policy)) or ["agft"]
+    labels = list(dict.fromkeys(arguments.policy)) or ["phases"]
     specs = [parse_policy(label, scenario.slo) for label in labels]
     arms = scenario.profile().supported_sm_clocks_mhz
     for spec in specs:

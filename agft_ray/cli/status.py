@@ -144,10 +144,6 @@ def totals(statuses: Sequence[dict[str, Any]]) -> str:
 
 
 def _cells(status: dict[str, Any]) -> list[str]:
-    if status.get("actuator") == "power_limit":
-        locked = _number(status.get("power_limit_w"), "W", none="none")
-    else:
-        locked = _number(status.get("locked_sm_clock_mhz"), "MHz", none="default")
     return [
         str(status["deployment"]),
         str(status["replica"]),
@@ -156,13 +152,23 @@ def _cells(status: dict[str, Any]) -> list[str]:
         str(status["state"]) if status["alive"] else "ended",
         str(status.get("policy", UNKNOWN)),
         _gpu(status),
-        locked if "power_w" in status else UNKNOWN,
+        _locked(status) if "power_w" in status else UNKNOWN,
         _number(status.get("sm_clock_mhz"), "MHz"),
         _number(status.get("power_w"), "W"),
         _number(status.get("running")),
         _number(status.get("waiting")),
         _number(status.get("windows")),
     ]
+
+
+def _locked(status: dict[str, Any]) -> str:
+    """A plan of several clocks as prefill/decode/idle: which of them is locked now says little."""
+    plan = status.get("plan", ())
+    if len(set(plan)) > 1:
+        return "/".join(str(arm or "default") for arm in plan)
+    if status.get("actuator") == "power_limit":
+        return _number(status.get("power_limit_w"), "W", none="none")
+    return _number(status.get("locked_sm_clock_mhz"), "MHz", none="default")
 
 
 def _gpu(status: dict[str, Any]) -> str:

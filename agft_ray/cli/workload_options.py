@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -59,16 +60,25 @@ def add_workload_options(parser: argparse.ArgumentParser, *, several_seeds: bool
     )
 
 
-def checked_workload(
-    arguments: argparse.Namespace, duration_s: float | None
-) -> tuple[int, Iterable[Request]]:
-    """How many requests there are to send, and they themselves.
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests to send, and what is known of them beforehand."""
+
+    count: int
+    last_arrival_s: float
+    requests: Iterable[Request]
+
+
+def checked_workload(arguments: argparse.Namespace, duration_s: float | None) -> Workload:
+    """The requests that the options name.
 
     The workload is gone through once before anything is sent, so that a broken line is found first.
     Raises `AgftError` for what is wrong with the options or the trace.
     """
-    count = sum(1 for _ in workload(arguments, duration_s, tell=True))
-    return count, workload(arguments, duration_s, tell=False)
+    count, last_arrival_s = 0, 0.0
+    for request in workload(arguments, duration_s, tell=True):
+        count, last_arrival_s = count + 1, request.arrival_s
+    return Workload(count, last_arrival_s, workload(arguments, duration_s, tell=False))
 
 
 def workload(

@@ -27,6 +27,7 @@ class Progress:
     failed: int
     elapsed_s: float
     """Simulated seconds since the start."""
+    elapsed_wall_s: float
     status: ServerStatus | None
     """The newest status of the server, if it has any."""
 
@@ -214,12 +215,14 @@ class _Replay:
             await asyncio.sleep(self.poll_s)
 
     def _report(self) -> None:
+        elapsed_wall_s = time.monotonic() - self.start_wall_s
         self.on_progress(
             Progress(
                 sent=self.sent,
                 done=len(self.rows),
                 failed=self.failed,
-                elapsed_s=(time.monotonic() - self.start_wall_s) * self.speed,
+                elapsed_s=elapsed_wall_s * self.speed,
+                elapsed_wall_s=elapsed_wall_s,
                 status=self.timeline[-1] if self.timeline else None,
             )
         )

@@ -12,10 +12,10 @@ from agft_ray.replay.client import Progress
 from agft_ray.replay.result import ReplicaStatus, ServerStatus
 from agft_ray.replay.summary import Comparison, Group
 from agft_ray.replay.timeline import growth
+from agft_ray.results.distribution import Slo
 from agft_ray.results.figures import EFFORT, METRIC, Metric
 from agft_ray.results.numbers import NO_VALUE, change_text, number, verdict
 from agft_ray.results.record import STATISTICS
-from agft_ray.results.spread import Spread
 from agft_ray.results.terminal import PlainProgress, coloured
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-VISIBLE_CHANGE_PERCENT = 0.5
-"""Smaller changes are not coloured."""
 SECTIONS = (
     tuple(metric.name for metric in EFFORT),
     (
@@ -39,9 +37,15 @@ SECTIONS = (
         tuple(f"{latency}.{statistic}" for statistic in STATISTICS)
         for latency in ("ttft_s", "tpot_s", "e2e_s")
     ),
-    ("edp_j_s", "edp_per_request_j_s", "slo_attainment"),
+    ("edp_per_output_token_j_s", "slo_attainment"),
 )
 """The rows of the comparison."""
+COMPARED = (
+    "energy_per_output_token_j",
+    "edp_per_output_token_j_s",
+    *(name for section in SECTIONS[2:5] for name in section),
+)
+"""Those that have a change, if enough is known."""
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -63,11 +67,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 def _table(comparison: Comparison) -> Table:
     from rich.table import Table
 
-    table = Table(
-        title=f"{comparison.requests:,} requests in {comparison.duration_s:,.0f} s "
-        f"(speed {comparison.speed:g})",
-        caption=f"latencies: {comparison.latency_source}-side, simulated time",
-    )
+    table = Table(title=_title(comparison), caption=_caption(comparison))
     table.add_column("")
     for group in comparison.groups:
         table.add_column(group.role, justify="right")
@@ -81,12 +81,34 @@ def _table(comparison: Comparison) -> Table:
     return table
 
 
+def _title(comparison: Comparison) -> str:
+    title = f"{comparison.requests:,} requests in {_spans(comparison)}"
+    return title if comparison.valid else f"[bold red]NOT VALID, see below:[/] {title}"
+
+
+def _spans(comparison: Comparison) -> str:
+    if comparison.speed == 1:
+        return f"{comparison.duration_s:,.0f} s"
+    return f"{comparison.duration_s:,.0f} simulated s, {comparison.wall_s:,.0f} s of wall time"
+
+
+def _caption(comparison: Comparison) -> str:
+    simulated = "" if comparison.speed == 1 else ", in simulated seconds"
+    caption = f"latencies: {comparison.latency_source}-side{simulated}"
+    if not comparison.changes_percent:
+        return caption
+    has_intervals = any(c.half_width is not None for c in comparison.changes_percent.values())
+    intervals = ", 95 % intervals" if has_intervals else ""
+    return f"{caption}\nchange: at equal work (same lengths, same load){intervals}"
+
+
 def _cells(comparison: Comparison, metric: Metric) -> Iterator[str]:
-    yield metric.heading
+    slo = comparison.slo if metric.name == "slo_attainment" else None
+    yield metric.heading if slo is None else f"within {_bounds(slo)}, %"
     for group in comparison.groups:
         yield number(_value(group, metric.name), scale=metric.scale)
     if comparison.changes_percent:
-        yield _change(metric, comparison.changes_percent.get(metric.name))
+        yield _change(metric, comparison)
 
 
 def _value(group: Group, name: str) -> float | None:
@@ -96,18 +118,25 @@ def _value(group: Group, name: str) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _change(metric: Metric, percent: float | None) -> str:
-    if percent is None:
-        return ""
-    change = Spread(1, percent, None)
-    seen = verdict(change, judged=metric.judged, visible_percent=VISIBLE_CHANGE_PERCENT)
-    return coloured(f"{change_text(change)} %", seen)
+def _bounds(slo: Slo) -> str:
+    named = (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s), ("E2E", slo.e2e_s))
+    return ", ".join(f"{name} {bound:g} s" for name, bound in named if bound is not None)
+
+
+def _change(metric: Metric, comparison: Comparison) -> str:
+    """Coloured if it is more than chance; a dash where too little is known for one."""
+    change = comparison.changes_percent.get(metric.name)
+    if change is None:
+        return NO_VALUE if metric.name in COMPARED else ""
+    judged = change.half_width is not None and comparison.valid
+    return coloured(f"{change_text(change)} %", verdict(change, judged=judged))
 
 
 def _client_line(comparison: Comparison) -> str:
     ttft_s, e2e_s = comparison.client_ttft_s, comparison.client_e2e_s
+    simulated = "" if comparison.speed == 1 else " (simulated seconds)"
     return (
-        f"seen by the client: TTFT mean {number(ttft_s.mean, scale=1e3)} ms, "
+        f"seen by the client{simulated}: TTFT mean {number(ttft_s.mean, scale=1e3)} ms, "
         f"p99 {number(ttft_s.p99, scale=1e3)} ms; "
         f"E2E mean {number(e2e_s.mean)} s, p99 {number(e2e_s.p99)} s"
     )
@@ -141,10 +170,12 @@ def _block(value: float, low: float, high: float) -> str:
 def progress_display(
     total: int | None,
     *,
+    last_arrival_s: float | None = None,
     console: Console | None = None,
     now_s: Callable[[], float] = time.monotonic,
 ) -> Iterator[Callable[[Progress], None]]:
-    """A context whose value is an `on_progress` of `replay`; `total` requests, None if unknown.
+    """A context whose value is an `on_progress` of `replay`; `total` requests, None if unknown, the
+    last of them sent at `last_arrival_s` (simulated).
 
     On a terminal a bar with the fleet's state beneath it; elsewhere (a log) a plain line every ten
     seconds of `now_s`, and one at the end.
@@ -153,13 +184,13 @@ def progress_display(
 
     screen = console or Console()
     show = _live if screen.is_terminal else _plain
-    with show(total, screen, now_s) as display:
+    with show(_Line(total, last_arrival_s), screen, now_s) as display:
         yield display
 
 
 @contextmanager
 def _live(
-    total: int | None, console: Console, now_s: Callable[[], float]
+    line: _Line, console: Console, now_s: Callable[[], float]
 ) -> Iterator[Callable[[Progress], None]]:
     from rich.console import Group as Lines
     from rich.live import Live
@@ -168,13 +199,13 @@ def _live(
     from rich.text import Text
 
     bar = Bar(BarColumn(40), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
-    task = bar.add_task("", total=total)
+    task = bar.add_task("", total=line.total)
     fleet = _Fleet()
     with Live(bar, console=console, refresh_per_second=4) as live:
 
         def show(progress: Progress) -> None:
             bar.update(task, completed=progress.done)
-            lines = (_progress_line(progress), fleet.line(progress.status))
+            lines = (line.text(progress), fleet.line(progress.status))
             live.update(Lines(bar, *(Text(line) for line in lines)))
 
         yield show
@@ -182,29 +213,48 @@ def _live(
 
 @contextmanager
 def _plain(
-    total: int | None, console: Console, now_s: Callable[[], float]
+    line: _Line, console: Console, now_s: Callable[[], float]
 ) -> Iterator[Callable[[Progress], None]]:
     fleet = _Fleet()
 
-    def write(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def write(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     lines = PlainProgress(write, now_s)
 
     def show(progress: Progress) -> None:
-        of = "" if total is None else f" of {total:,}"
-        parts = (_progress_line(progress) + of, fleet.line(progress.status))
+        parts = (line.text(progress), fleet.line(progress.status))
         lines.show("; ".join(part for part in parts if part))
 
     yield show
     lines.end()
 
 
-def _progress_line(progress: Progress) -> str:
-    return (
-        f"{progress.elapsed_s:,.0f} s: {progress.failed:,} failed, "
-        f"{progress.sent - progress.done:,} in flight, {progress.done:,} done"
-    )
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """How far a replay is, in words."""
+
+    total: int | None
+    last_arrival_s: float | None
+
+    def text(self, progress: Progress) -> str:
+        """Wall time first, what is left of it, simulated time where it is another, requests."""
+        of = "" if self.total is None else f" of {self.total:,}"
+        return (
+            f"{', '.join(self._times(progress))}: {progress.done:,}{of} done, "
+            f"{progress.sent - progress.done:,} in flight, {progress.failed:,} failed"
+        )
+
+    def _times(self, progress: Progress) -> Iterator[str]:
+        wall_s, simulated_s = progress.elapsed_wall_s, progress.elapsed_s
+        speed = simulated_s / wall_s if wall_s > 0 else 1.0
+        if abs(speed - 1.0) < 1e-6:
+            yield f"{wall_s:,.0f} s"
+        else:
+            yield f"{wall_s:,.0f} s of wall time"
+            yield f"{simulated_s:,.0f} s simulated"
+        if self.last_arrival_s is not None and self.last_arrival_s > simulated_s:
+            yield f"about {(self.last_arrival_s - simulated_s) / speed:,.0f} s left"
 
 
 @dataclass(slots=True)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from agft_ray.replay.equal_work import BLOCK_S, MIN_BLOCKS, PERCENTILES, figures_of, needed
 from agft_ray.replay.result import (
     INTERRUPTED,
     OK,
     ReplayResult,
     RequestRow,
     bottlenecks,
+    is_valid,
 )
 from agft_ray.replay.timeline import (
     Interval,
@@ -26,9 +28,11 @@ from agft_ray.replay.timeline import (
 )
 from agft_ray.results.distribution import Distribution, Slo
 from agft_ray.results.labels import HOLDOUT
+from agft_ray.results.spread import Spread
 
-FORMAT = 1
+FORMAT = 2
 ROLES = ("tuned", HOLDOUT)
+LATENCIES = ("ttft_s", "tpot_s", "e2e_s")
 MAX_ERRORS = 5
 
 
@@ -56,8 +60,8 @@ class Group:
     e2e_s: Distribution
     edp_j_s: float | None
     """Energy of the run times mean E2E latency."""
-    edp_per_request_j_s: float | None
-    """The same per completed request: comparable where groups had unequal load."""
+    edp_per_output_token_j_s: float | None
+    """Energy per output token times mean E2E latency."""
     slo_attainment: float | None
     """Share of the completed and failed requests that kept the SLO; a failed one does not."""
     sm_clock_mhz: float | None
@@ -67,23 +71,15 @@ class Group:
     sm_clock_over_time_mhz: tuple[float | None, ...]
     """The same mean in each sixtieth of the time line."""
 
-    def comparable(self) -> dict[str, float | None]:
-        """What may be compared between groups of different size, by name."""
-        names = ("mean_power_w", "energy_per_output_token_j", "edp_per_request_j_s", "sm_clock_mhz")
-        values: dict[str, float | None] = {name: getattr(self, name) for name in names}
-        for name in ("ttft_s", "tpot_s", "e2e_s"):
-            for statistic in ("mean", "p50", "p95", "p99"):
-                values[f"{name}.{statistic}"] = getattr(getattr(self, name), statistic)
-        return values
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """A replay summed up: a group a role ('tuned' first), and the change of tuned to holdout."""
 
     groups: tuple[Group, ...]
-    changes_percent: dict[str, float]
-    """100 (tuned / holdout - 1), keyed as `Group.comparable`; without what either has not."""
+    changes_percent: dict[str, Spread]
+    """Of tuned to holdout at equal work, by the names of a group's fields, 'ttft_s.mean' and the
+    like; see `equal_work`. Without what either has not, or too few requests of."""
     latency_source: str
     """Whose latencies the groups have: 'engine' or 'client'."""
     client_ttft_s: Distribution
@@ -95,7 +91,10 @@ class Comparison:
     """The most frequent errors and how often each occurred."""
     duration_s: float
     """Simulated, to the last answer."""
+    wall_s: float
     speed: float
+    valid: bool
+    """Simulated engines kept up with their clock: see `result.is_valid`."""
     interrupted: bool
     slo: Slo | None
     notes: tuple[str, ...]
@@ -131,7 +130,7 @@ def summarise(result: ReplayResult, *, slo: Slo | None = None) -> Comparison:
     errors = Counter(row.status for row in result.rows if row.is_failed)
     return Comparison(
         groups=groups,
-        changes_percent=_changes(groups),
+        changes_percent=_changes(result, seen, source) if set(ROLES) <= roles else {},
         latency_source=source,
         client_ttft_s=Distribution.of(row.ttft_s for row in done),
         client_e2e_s=Distribution.of(row.e2e_s for row in done),
@@ -139,8 +138,10 @@ def summarise(result: ReplayResult, *, slo: Slo | None = None) -> Comparison:
         failed=errors.total(),
         interrupted_requests=sum(row.status == INTERRUPTED for row in result.rows),
         errors=dict(errors.most_common(MAX_ERRORS)),
-        duration_s=result.ended_s - result.started_s,
+        duration_s=_duration_s(result),
+        wall_s=result.wall_s,
         speed=result.speed,
+        valid=is_valid(result),
         interrupted=result.interrupted,
         slo=slo,
         notes=tuple(_notes(result, groups)),
@@ -192,7 +193,7 @@ def _group(
         tpot_s=tpot_s,
         e2e_s=e2e_s,
         edp_j_s=edp_j_s,
-        edp_per_request_j_s=_ratio(edp_j_s, len(done)),
+        edp_per_output_token_j_s=_ratio(edp_j_s, counters["generation_tokens"]),
         slo_attainment=_ratio(met, len(done) + failed),
         sm_clock_mhz=mean_clocks_mhz(intervals, edges_s[[0, -1]])[0],
         clock_changes=_whole(counters["clock_changes"]),
@@ -223,12 +224,23 @@ def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
 
 
-def _changes(groups: Sequence[Group]) -> dict[str, float]:
-    by_role = {group.role: group.comparable() for group in groups}
-    if not set(ROLES) <= by_role.keys():
-        return {}
-    pairs = {name: (value, by_role[HOLDOUT][name]) for name, value in by_role["tuned"].items()}
-    return {name: 100 * (t / h - 1) for name, (t, h) in pairs.items() if t is not None and h}
+def _duration_s(result: ReplayResult) -> float:
+    return result.ended_s - result.started_s
+
+
+def _changes(result: ReplayResult, seen: Sequence[Interval], source: str) -> dict[str, Spread]:
+    def latency(index: int) -> Callable[[RequestRow], float | None]:
+        return lambda row: _latencies_s(row, source)[index]
+
+    figures = figures_of(
+        {role: [r for r in result.rows if r.role == role and r.status == OK] for role in ROLES},
+        {role: [interval for interval in seen if interval[0].role == role] for role in ROLES},
+        {name: latency(index) for index, name in enumerate(LATENCIES)},
+        roles=ROLES,
+        started_s=result.started_s,
+        duration_s=_duration_s(result),
+    )
+    return figures.changes_percent()
 
 
 def _notes(result: ReplayResult, groups: Sequence[Group]) -> Iterator[str]:
@@ -238,6 +250,8 @@ def _notes(result: ReplayResult, groups: Sequence[Group]) -> Iterator[str]:
     elif not set(ROLES) <= roles:
         seen = " and ".join(sorted(roles))
         yield f"No comparison: every replica is {seen}; it takes tuned ones and holdouts."
+    else:
+        yield from _doubts(result, groups)
     if not result.timeline:
         yield "No energy: the server has no /agft/status."
     if result.interrupted:
@@ -250,3 +264,20 @@ def _notes(result: ReplayResult, groups: Sequence[Group]) -> Iterator[str]:
     if lost and "all" not in roles:
         yield f"{lost} failed requests name no replica and are in no group."
     yield from replica_notes(result)
+
+
+def _doubts(result: ReplayResult, groups: Sequence[Group]) -> Iterator[str]:
+    """What the changes do not tell, for want of requests, time or knowledge."""
+    if _duration_s(result) < MIN_BLOCKS * BLOCK_S:
+        yield (
+            f"Too short for intervals: it takes {MIN_BLOCKS * BLOCK_S:g} s, which are {MIN_BLOCKS} "
+            f"blocks of {BLOCK_S:g} s to tell chance by."
+        )
+    fewest = min(group.e2e_s.count for group in groups if group.role in ROLES)
+    if few := [name for name, q in PERCENTILES.items() if fewest < needed(q)]:
+        yield (
+            f"Too few requests for a change of {' and '.join(few)}: {few[0]} takes "
+            f"{needed(PERCENTILES[few[0]]):,} of each role."
+        )
+    if any(row.output_tokens is None for row in result.rows if row.status == OK):
+        yield "Requests are compared whatever their lengths: the server does not state tokens."

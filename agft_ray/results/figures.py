@@ -68,7 +68,7 @@ METRICS = (
 
 LIVE = (
     Metric("windows", "windows", "", relative=False),
-    Metric("edp_per_request_j_s", "EDP per request", "J·s"),
+    Metric("edp_per_output_token_j_s", "EDP per output token", "J·s"),
 )
 """What is told of live replicas beside it."""
 

@@ -647,15 +647,18 @@ def test_a_fixed_policy_sets_what_the_actuator_is_about():
 
 
 def test_power_limits_are_arms_and_credited_as_set():
-    bench = Bench(300)
+    agft = {"name": "agft"}
+    bench = Bench(300, policy=agft)
     bench.gpu.arms, bench.gpu.actuator = (100, 200, 300), Actuator.POWER_LIMIT
-    bench.tuner.reconfigure(TunerConfig(min_power_limit_w=200))
+    bench.tuner.reconfigure(TunerConfig(min_power_limit_w=200, policy=agft))
     bench.run(10.0)
     assert bench.tuner.arms == (200, 300)
     outcome = bench.policy.outcomes[-1]
     assert (outcome.requested, outcome.arm) == (300, 300)
     with pytest.raises(ValueError, match=r"power limit.*min_power_limit_w=900.*100\.\.300 W"):
-        bench.tuner.reconfigure(TunerConfig(min_power_limit_w=900))
+        bench.tuner.reconfigure(TunerConfig(min_power_limit_w=900, policy=agft))
+    with pytest.raises(ValueError, match=r"policy phases sets SM clocks.*use policy agft"):
+        bench.tuner.reconfigure(TunerConfig())
 
 
 def test_a_transient_gpu_error_is_tried_again():

@@ -35,7 +35,8 @@ LAG_DOUBT = 10.0
 MIN_IDLE = 0.03
 """Share of a window that is taken to have been empty."""
 MAX_ERROR = 0.4
-"""Of one window; more is cut."""
+"""Of one window; more is cut, and teaches no step times: its steps ran at another clock than it
+says (a machine too busy to set it), or the engine stood still. If it lasts, it is a drift."""
 RELEARN_FACTOR = 0.02
 """What is left of the evidence after a drift."""
 PREFILL_PROBES = 0.1
@@ -157,6 +158,15 @@ class PhasesPolicy(Policy):
             )
         return self._cached[1]
 
+    def _current(self) -> Models | None:
+        """Those that the plan of now was chosen by; none if it was chosen without any."""
+        if self._cached is None or self._cached[0][:2] != (
+            self._state.windows,
+            self._state.relearned,
+        ):
+            return None
+        return self._cached[1]
+
     # -- learning ------------------------------------------------------------------------------
 
     def update(self, outcome: Outcome) -> None:
@@ -166,11 +176,12 @@ class PhasesPolicy(Policy):
         window = outcome.window
         plan = window.plan or Plan.of(window.arm)
         state, config = self._state, self._config
-        self._notice_drift(window, plan)
+        errors = self._errors(window, plan)
+        self._notice_drift(errors, plan)
         self._prefill.forget(config.forgetting)
         self._decode.forget(config.forgetting)
         self._power.scale(config.forgetting)
-        self._learn_steps(window, plan)
+        self._learn_steps(window, plan, errors)
         self._learn_power(window, plan)
         self._learn_tails(window)
         totals = loads.totals_of(window)
@@ -191,25 +202,26 @@ class PhasesPolicy(Policy):
         at_default = plan.is_default or not all(state.ready)
         state.seen_s = 0.0 if at_default else state.seen_s + window.duration_s
 
-    def _learn_steps(self, window: Window, plan: Plan) -> None:
+    def _learn_steps(self, window: Window, plan: Plan, errors: tuple[float, float]) -> None:
         prefill, decode = window.prefill_steps, window.decode_steps
-        if prefill.steps and prefill.time_s > 0:
+        if prefill.steps and prefill.time_s > 0 and abs(errors[0]) <= MAX_ERROR:
             lag_s = self._lag_s(window, plan)
             time_s = prefill.time_s - lag_s
             weight = 1.0 / (1.0 + (LAG_DOUBT * lag_s / time_s) ** 2)
             work = prefill_work(window)
             self._prefill.add(key_of(plan.prefill), work, time_s, prefill.steps, weight)
-        if decode.steps and decode.time_s > 0:
+        if decode.steps and decode.time_s > 0 and abs(errors[1]) <= MAX_ERROR:
             work = decode_work(window)
             self._decode.add(key_of(plan.decode), work, decode.time_s, decode.steps)
 
     def _lag_s(self, window: Window, plan: Plan) -> float:
         """Time that the steps with prefill lost as they began at the clocks before their own."""
-        if self._cached is None:
+        models = self._current()
+        if models is None:
             return 0.0
         decode = window.decode_steps
         step_s = decode.time_s / decode.steps if decode.steps else 0.0
-        times = self._cached[1].prefill
+        times = models.prefill
         clocks = [times.top_mhz if arm is None else float(arm) for arm in plan.arms]
         lost = times.lost(np.array(clocks[:1]), np.array(clocks[1:]))
         switch_s = self._state.switch_s
@@ -235,27 +247,33 @@ class PhasesPolicy(Policy):
         self._power.add(x, window.mean_power_w, shares[2] * duration_s)
 
     def _learn_tails(self, window: Window) -> None:
-        if self._cached is not None:
-            seen = LatencyModel(self._cached[1].load, self._state.switch_s).seen
+        models = self._current()
+        if models is not None:
+            seen = LatencyModel(models.load, self._state.switch_s).seen
             self._tails.add(window, seen, self._config.memory_s)
 
-    def _notice_drift(self, window: Window, plan: Plan) -> None:
-        """Compare step times at clocks already measured with what the models say."""
-        if self._cached is None or not all(self._state.ready):
-            return
-        models, errors = self._cached[1], list(self._state.errors)
-        prefill, decode = window.prefill_steps, window.decode_steps
-        seen = (
-            (models.prefill, prefill.time_s - self._lag_s(window, plan), prefill_work(window)),
-            (models.decode, decode.time_s, decode_work(window)),
+    def _errors(self, window: Window, plan: Plan) -> tuple[float, float]:
+        """Log of the times of prefill and decode steps by what the models say; 0 where they cannot.
+
+        At a clock not measured yet, by the worst that can be."""
+        models, prefill, decode = self._current(), window.prefill_steps, window.decode_steps
+        if models is None or not all(self._state.ready):
+            return 0.0, 0.0
+        prefill_s = prefill.time_s - self._lag_s(window, plan)
+        return (
+            _error(models.prefill, plan.prefill, prefill_s, prefill_work(window)),
+            _error(models.decode, plan.decode, decode.time_s, decode_work(window)),
         )
-        for i, (times, time_s, work) in enumerate(seen):
-            arm = plan.arms[i]
-            expected_s = times.base_s(work) * _slowdown(times, arm)
-            if expected_s <= 0 or time_s <= 0 or (arm or times.top_mhz) < times.lowest_mhz:
-                continue
-            error = max(-MAX_ERROR, min(MAX_ERROR, math.log(time_s / expected_s)))
-            errors[i] += DRIFT_GAIN * (error - errors[i])
+
+    def _notice_drift(self, seen: tuple[float, float], plan: Plan) -> None:
+        """Average the errors at clocks already measured."""
+        models, errors = self._current(), list(self._state.errors)
+        if models is None:
+            return
+        for i, times in enumerate((models.prefill, models.decode)):
+            if seen[i] and (plan.arms[i] or times.top_mhz) >= times.lowest_mhz:
+                error = max(-MAX_ERROR, min(MAX_ERROR, seen[i]))
+                errors[i] += DRIFT_GAIN * (error - errors[i])
         self._state.errors = errors[0], errors[1]
         if max(map(abs, errors)) > self._config.max_drift:
             self._begin_anew()
@@ -317,5 +335,9 @@ class PhasesPolicy(Policy):
         }
 
 
-def _slowdown(times: step_time.StepTimes, arm: Arm) -> float:
-    return 1.0 if arm is None else float(times.expected(np.array([float(arm)]))[0])
+def _error(times: step_time.StepTimes, arm: Arm, time_s: float, work: np.ndarray) -> float:
+    clock = np.array([times.top_mhz if arm is None else float(arm)])
+    is_known = clock[0] >= times.lowest_mhz
+    slowdown = times.expected(clock) if is_known else times.slowdown(clock)
+    expected_s = times.base_s(work) * float(slowdown[0])
+    return math.log(time_s / expected_s) if expected_s > 0 and time_s > 0 else 0.0

@@ -173,12 +173,14 @@ def live(gpu, monkeypatch, tmp_path):
 LEARNING = TunerConfig(policy={"name": "agft"}, window_s=0.5, settle_s=0.1)
 
 
-def test_a_tuner_that_is_restarted_goes_on_where_it_was(gpu, live, monkeypatch):
+@pytest.mark.parametrize("policy", ["agft", "phases"])
+def test_a_tuner_that_is_restarted_goes_on_where_it_was(gpu, live, monkeypatch, policy):
+    learning = LEARNING.model_copy(update={"policy": TunerConfig(policy={"name": policy}).policy})
     monkeypatch.setattr(frequency_tuner, "KEEP_INTERVAL_S", 0.05)
     taught = {}
 
     async def first(replica, tuner):
-        await replica.push(LEARNING, 1)
+        await replica.push(learning, 1)
         saved = tuner._memory._path
         await replica.push_until(
             lambda: tuner._windows >= 6 and saved.exists(), "learned and kept", 20
@@ -196,7 +198,7 @@ def test_a_tuner_that_is_restarted_goes_on_where_it_was(gpu, live, monkeypatch):
         monkeypatch.setattr(
             tuner._loop, "_on_made", lambda made: (recall(made), began.append(snapshot(made)))
         )
-        await replica.push(LEARNING, 1)
+        await replica.push(learning, 1)
         await replica.push_until(lambda: began, "a tuner")
         assert began == [taught["policy"]]
         assert (await tuner.status())["restored_windows"] == taught["windows"] >= 5

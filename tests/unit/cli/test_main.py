@@ -88,7 +88,7 @@ def test_help_says_defaults():
         action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
     )
     shown = " ".join(commands.choices["demo"].format_help().split())
-    assert re.search(r"--wall S [^-]*\b180\.0\b", shown)
+    assert re.search(r"--wall S [^-]*\b220\.0\b", shown)
 
 
 def test_output_that_nobody_reads_any_more_is_no_error(request):

@@ -51,6 +51,9 @@ STATUSES = [
     TUNING | {"replica": "fff", "actuator": "power_limit", "power_limit_w": 250.0},
     TUNING | {"replica": "ggg", "actuator": "power_limit", "power_limit_w": None},
     TUNING | {"replica": "hhh", "gpu_uuid": "GPU-12345678-1234,GPU-2,GPU-3"},
+    TUNING | {"replica": "iii", "policy": "phases", "plan": [1500, 1230, 210]},
+    TUNING | {"replica": "jjj", "policy": "phases", "plan": [None, 1230, 1230]},
+    TUNING | {"replica": "kkk", "plan": [1200, 1200, 1200]},
 ]
 
 

@@ -16,7 +16,13 @@ from aiohttp import web
 from agft_ray.errors import AgftError, ConfigError
 from agft_ray.replay.client import replay
 from agft_ray.replay.endpoint import Exchange
-from agft_ray.replay.result import ReplayResult, RequestRow, ServerStatus, bottlenecks
+from agft_ray.replay.result import (
+    ReplayResult,
+    RequestRow,
+    ServerStatus,
+    bottlenecks,
+    is_valid,
+)
 from agft_ray.replay.summary import summarise
 from agft_ray.workloads.requests import Request
 
@@ -562,7 +568,7 @@ def test_files(tmp_path):
         ("2.0", "a", "5.0"),
     ]
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["format"] == 1
+    assert summary["format"] == 2
     assert summary["groups"][0]["energy_j"] == 5.0
 
 
@@ -605,3 +611,13 @@ def test_late_steps_count_from_the_start_of_the_run():
     last = status_body(steps=1100, late_steps=910, max_lateness_s=0.5)
     (sentence,) = bottlenecks(result_of((), [first, last], speed=4.0))
     assert all(number in sentence for number in ("10.0%", "10 of 100", "500 ms"))
+
+
+@pytest.mark.parametrize(("late", "valid"), [(10, True), (11, False)])
+def test_a_run_of_late_steps_is_not_valid(late, valid):
+    first, last = (
+        status_body(steps=100, late_steps=50),
+        status_body(steps=200, late_steps=50 + late),
+    )
+    assert is_valid(result_of((), [first, last])) is valid
+    assert is_valid(result_of())

@@ -16,6 +16,7 @@ from agft_ray.replay.console import (
 from agft_ray.replay.result import ServerStatus
 from agft_ray.replay.summary import Comparison, Group
 from agft_ray.results.distribution import Distribution, Slo
+from agft_ray.results.spread import Spread
 
 
 def group(role, **values):
@@ -33,7 +34,7 @@ def group(role, **values):
         tpot_s=Distribution(),
         e2e_s=Distribution(3, 4.0, 3.5, 8.0, 9.0),
         edp_j_s=49382.4,
-        edp_per_request_j_s=40.0,
+        edp_per_output_token_j_s=40.0,
         slo_attainment=0.975,
         sm_clock_mhz=1402.0,
         clock_changes=17,
@@ -55,7 +56,9 @@ def comparison(groups, **values):
         interrupted_requests=0,
         errors={},
         duration_s=600.0,
+        wall_s=150.0,
         speed=4.0,
+        valid=True,
         interrupted=False,
         slo=None,
         notes=(),
@@ -84,11 +87,11 @@ def test_the_screen():
     both = comparison(
         (group("tuned"), holdout),
         changes_percent={
-            "ttft_s.mean": -50.0,
-            "energy_per_output_token_j": 12.34,
-            "sm_clock_mhz": -20.0,
+            "ttft_s.mean": Spread(24, -50.0, 12.3),
+            "e2e_s.mean": Spread(24, 3.21, 4.56),
+            "energy_per_output_token_j": Spread(24, 12.34, 2.1),
         },
-        slo=Slo(ttft_s=1.0),
+        slo=Slo(ttft_s=1.0, tpot_s=0.2),
         errors={"HTTP 500: [bold]x": 3},
         notes=("A note [really].",),
         bottlenecks=("A warning [really].",),
@@ -104,7 +107,8 @@ def test_the_screen():
     )
     screens = {
         "two groups": both,
-        "one group": comparison((group("tuned"),)),
+        "one group": comparison((group("tuned"),), speed=1.0),
+        "late steps": replace(both, valid=False),
         "no values": comparison((unknown,), client_ttft_s=Distribution()),
     }
     assert_golden("replay", sections({name: printed(each) for name, each in screens.items()}))
@@ -151,15 +155,20 @@ def status(t_s, energy_j):
 def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end():
     console = Console(file=io.StringIO(), width=80)
     now_s = 0.0
-    with progress_display(50, console=console, now_s=lambda: now_s) as show:
+    with progress_display(50, last_arrival_s=45.0, console=console, now_s=lambda: now_s) as show:
         for second in range(26):
             now_s = float(second)
-            show(Progress(second, second // 2, 1, 2.0 * second, status(second, 100.0 * second)))
+            sent = status(second, 100.0 * second)
+            show(Progress(second, second // 2, 1, 2.0 * second, float(second), sent))
     lines = console.file.getvalue().splitlines()
-    assert [line.split(":")[0] for line in lines] == ["20 s", "40 s", "50 s"]
+    assert [line.split(":")[0] for line in lines] == [
+        "10 s of wall time, 20 s simulated, about 12 s left",
+        "20 s of wall time, 40 s simulated, about 2 s left",
+        "25 s of wall time, 50 s simulated",
+    ]
     little = Console(file=io.StringIO(), width=80)
     with progress_display(None, console=little) as show:
-        show(Progress(3, 1, 0, 7.0, None))
+        show(Progress(3, 1, 0, 7.0, 7.0, None))
     screens = {"all is known": "\n".join(lines), "no status, no total": little.file.getvalue()}
     assert_golden("replay_progress", sections(screens))
 
@@ -175,9 +184,9 @@ def test_a_log_without_any_progress_is_empty():
 def test_a_terminal_gets_a_bar(total):
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     with progress_display(total, console=console) as show:
-        show(Progress(9, 7, 0, 7.0, status(0.0, 0.0)))
-        show(Progress(12, 10, 2, 8.0, status(1.0, 100.0)))
+        show(Progress(9, 7, 0, 7.0, 7.0, status(0.0, 0.0)))
+        show(Progress(12, 10, 2, 8.0, 8.0, status(1.0, 100.0)))
     text = console.file.getvalue()
     assert f"10/{total or '?'}" in text
-    assert "2 failed, 2 in flight" in text
+    assert "2 in flight, 2 failed" in text
     assert "tuned 200 W 1410 MHz, holdout 400 W" in text

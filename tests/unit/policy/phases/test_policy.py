@@ -112,6 +112,18 @@ def test_steps_that_become_slower_for_good_are_learned_anew():
     assert policy.select(CONTEXT, ARMS).reason == "baseline"
 
 
+def test_a_window_whose_clock_was_not_the_plans_neither_bends_nor_blunts_the_models():
+    rng, policy = np.random.default_rng(0), PhasesPolicy(PhasesConfig())
+    before = walked(policy, 100, rng)[-1].chosen
+    for _ in range(4):  # six decode steps that ran at the clock of an empty engine
+        wild = window_at(before, rng, decode_steps=StepTotals(6, 6, 6 * 0.1))
+        plan = told(policy, wild).chosen
+        for _ in range(5):
+            plan = told(policy, window_at(plan, rng)).chosen
+    assert abs(plan.decode - before.decode) <= 30
+    assert policy.status()["relearned"] == 0
+
+
 def test_a_bound_on_tpot_takes_the_place_of_the_relative_one():
     policy = PhasesPolicy(PhasesConfig())
     policy.pursue(Goals(tpot_s=0.035, e2e_s=60.0))

@@ -201,6 +201,6 @@ def test_validate_says_when_ray_was_not_there_to_check(tmp_path, capsys, check):
     path.write_text(yaml.safe_dump({"applications": [{"import_path": RAYS, "args": args}]}))
     assert main(["validate", str(path)]) == 0
     out = capsys.readouterr().out
-    for what in (f"{path}: valid", "a (mixed)", "nvml", "0 held out", "control", "policy agft"):
+    for what in (f"{path}: valid", "a (mixed)", "nvml", "0 held out", "control", "policy phases"):
         assert what in out
     assert "ray.serve.llm is missing" in out
