@@ -15,6 +15,8 @@ from agft_ray.actors.messages import EngineIdentity, EnginePush, TunerSpec
 from agft_ray.errors import GpuLostError, GpuTransientError, GpuUnavailableError
 from agft_ray.gpu.config import NvmlGpuConfig
 from agft_ray.gpu.registry import GpuSpec
+from agft_ray.policy.registry import build_policy
+from agft_ray.policy.reward import Reward
 from agft_ray.settings import TunerConfig
 from agft_ray.types import Actuator, EngineSample, EventReason, GpuSample, StepTotals
 
@@ -171,6 +173,7 @@ def live(gpu, monkeypatch, tmp_path):
 # -- what was learned ------------------------------------------------------------------------------
 
 LEARNING = TunerConfig(policy={"name": "agft"}, window_s=0.5, settle_s=0.1)
+MEANING = Reward.of(LEARNING.goals_at()).learned_by(build_policy(LEARNING.policy))
 
 
 @pytest.mark.parametrize("policy", ["agft", "phases"])
@@ -213,7 +216,9 @@ def test_a_tuner_that_is_restarted_goes_on_where_it_was(gpu, live, monkeypatch, 
 
 def test_what_another_policy_learned_is_not_taken_up(gpu, live, monkeypatch):
     async def act(replica, tuner):
-        key = dataclasses.replace(tuner._prior_key("Fake", "sm_clock", LEARNING), policy="rules")
+        key = dataclasses.replace(
+            tuner._prior_key("Fake", "sm_clock", MEANING, LEARNING), policy="rules"
+        )
         assert tuner._memory.save(Learned(key, 5000, {"schema": 1}))
         await replica.push(LEARNING, 1)
         await replica.push_until(lambda: tuner._windows > 0, "windows")
@@ -224,7 +229,7 @@ def test_what_another_policy_learned_is_not_taken_up(gpu, live, monkeypatch):
 
 def test_a_state_that_the_policy_cannot_read_costs_no_tuner(gpu, live):
     async def act(replica, tuner):
-        key = tuner._prior_key("Fake", "sm_clock", LEARNING)
+        key = tuner._prior_key("Fake", "sm_clock", MEANING, LEARNING)
         assert tuner._memory.save(Learned(key, 5000, {"schema": "of another time"}))
         await replica.push(LEARNING, 1)
         await replica.push_until(lambda: tuner._windows > 0, "windows")
@@ -237,7 +242,7 @@ def test_a_replica_that_ends_leaves_nothing_behind(gpu, live):
     paths = []
 
     async def act(replica, tuner):
-        assert tuner._memory.save(Learned(tuner._prior_key("", "", LEARNING), 1, {}))
+        assert tuner._memory.save(Learned(tuner._prior_key("", "", "", LEARNING), 1, {}))
         paths.append(tuner._memory._path)
         assert paths[0].exists()
 
