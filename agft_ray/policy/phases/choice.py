@@ -49,8 +49,8 @@ class Models:
     load: Load
     switch_s: float
     """Time from the knowledge that a prompt is there until its clock is."""
-    gpus: int
-    """Set as one."""
+    is_one: bool
+    """A clock for both prefill and decode is better than one each, as far as changes go."""
     tails: Tails
 
 
@@ -82,7 +82,7 @@ def choose(
     """The best plan; None where nothing but default clocks keeps the bounds. `may` says of which
     phases, prefill and decode, enough is known to leave their highest clock."""
     top, lowest = max(arms), min(arms)
-    one = uses_one_clock(config, models.gpus)
+    one = config.clocks == "one" or (config.clocks == "auto" and models.is_one)
     grid = _candidates(config, models, arms, now, may, one)
     latency = LatencyModel(models.load, models.switch_s)
     costs, ratios = _predict(goals, models, latency, grid, top, lowest)
@@ -105,12 +105,6 @@ def choose(
         plan, float(costs[best]), cost_before,
         float(ratios.ttft[best]), float(ratios.tpot[best]), float(ratios.e2e[best]),
     )  # fmt: skip
-
-
-def uses_one_clock(config: PhasesConfig, gpus: int) -> bool:
-    """Prefill and decode share a clock: by settings, or as several GPUs would have to change at
-    once. Where steps are too short for a change, its lag says so in TTFT."""
-    return config.clocks == "one" or (config.clocks == "auto" and gpus > 1)
 
 
 def _candidates(

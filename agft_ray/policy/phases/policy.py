@@ -8,16 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from agft_ray.policy.base import Policy
 from agft_ray.policy.goals import Goals
 from agft_ray.policy.phases import load as loads
 from agft_ray.policy.phases import power, step_time
 from agft_ray.policy.phases.choice import Choice, Models, choose, idle_kind
-from agft_ray.policy.phases.config import PhasesConfig
+from agft_ray.policy.phases.config import MAX_PROBE_SHARE, PhasesConfig
 from agft_ray.policy.phases.latency import LatencyModel, left_of_switch_s
 from agft_ray.policy.phases.power import PowerSums
+from agft_ray.policy.phases.state import CALL_S, State
 from agft_ray.policy.phases.tails import Tails
 from agft_ray.policy.phases.work import WorkSums, decode_work, key_of, prefill_work
 from agft_ray.policy.statistics import is_evidence
@@ -32,6 +32,12 @@ MAX_LAG = 0.5
 """Share of the time of prefill steps that may be laid to changes of the clock."""
 LAG_DOUBT = 10.0
 """How uncertain that is, against what else makes a window's steps differ: 0.3 of it, to 0.03."""
+UNTIMED = 7.0
+"""How much more, before a change was timed on this card: it may take 0.2 s."""
+FEW_WINDOWS, EARLY_PROBES = 24.0, 3.0
+"""With prefill at default clocks; below, so many times the share of probes."""
+SLOW_CHANGES = 0.4, 0.6
+"""Of a prompt's time: what a change may take for one clock to become a pair, and a pair one."""
 MIN_IDLE = 0.03
 """Share of a window that is taken to have been empty."""
 MAX_ERROR = 0.4
@@ -42,37 +48,8 @@ RELEARN_FACTOR = 0.02
 PREFILL_PROBES = 0.1
 """Share of the windows with prefill in which that alone is at default clocks: its steps are few and
 differ much, so that more of them are needed; and cost little, being a small part of the time."""
-CALL_S, CHANGE_S = 0.005, 0.025
-"""From the knowledge that a prompt is there until the GPU is called; how long its clock takes to
-change, until that is measured."""
 PROBE_UTILIZATION = 0.8
 """No default clocks to measure them where an engine is busier."""
-
-
-class _State(BaseModel):
-    """What is remembered besides the sums: JSON-able, without NaN or infinity."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    load: list[float] = [0.0] * loads.SIZE
-    now: tuple[int | None, int | None, int | None] = (None, None, None)
-    """The plan of the last window."""
-    held: tuple[int | None, int | None, int | None] = (None, None, None)
-    """The last plan that was not default clocks: where to go on after them."""
-    seen_s: float = 0.0
-    """Time learned from since the last probe, or since the baseline was there."""
-    probe_s: float = 0.0
-    """How long a probe takes: the length of a window."""
-    errors: tuple[float, float] = (0.0, 0.0)
-    """Mean relative errors of predicted times of prefill and decode steps."""
-    ready: tuple[bool, bool] = (False, False)
-    """Enough was seen of prefill, of decode, at default clocks."""
-    relearned: int = 0
-    """How often what was learned was given up."""
-    windows: int = 0
-    switch_s: float = CALL_S + CHANGE_S
-    """Time from the knowledge that a prompt is there until its clock is: the last one measured."""
-    gpus: int = 1
 
 
 class PhasesPolicy(Policy):
@@ -93,7 +70,7 @@ class PhasesPolicy(Policy):
         self._prefill, self._decode = WorkSums(), WorkSums()
         self._power = PowerSums()
         self._tails = Tails()
-        self._state = _State()
+        self._state = State()
         self._cached: tuple[Any, Models] | None = None
 
     def pursue(self, goals: Goals) -> None:
@@ -135,6 +112,8 @@ class PhasesPolicy(Policy):
 
     def _probe_is_due(self, arms: Sequence[int]) -> bool:
         share, state = self._config.probe_share, self._state
+        if self._prefill.windows[0] < FEW_WINDOWS:
+            share = min(EARLY_PROBES * share, MAX_PROBE_SHARE)
         if not share or state.seen_s * share < state.probe_s:
             return False
         return self._models(max(arms)).load.utilization < PROBE_UTILIZATION
@@ -154,7 +133,7 @@ class PhasesPolicy(Policy):
             state = self._state
             self._cached = (
                 key,
-                Models(prefill, decode, powers, load, state.switch_s, state.gpus, self._tails),
+                Models(prefill, decode, powers, load, state.switch_s, state.is_one, self._tails),
             )
         return self._cached[1]
 
@@ -191,10 +170,11 @@ class PhasesPolicy(Policy):
         if not plan.is_default:
             kept = state.held[0] if state.ready[0] and plan.prefill is None else plan.prefill
             state.held = kept, plan.decode, plan.idle
+        state.is_one = window.gpus > 1 or self._changes_too_slowly()
         state.windows += 1
-        state.probe_s, state.gpus = window.duration_s, window.gpus
+        state.probe_s = window.duration_s
         if window.clock_change_s is not None:
-            state.switch_s = CALL_S + window.clock_change_s
+            state.switch_s, state.is_timed = CALL_S + window.clock_change_s, True
         state.ready = (
             state.ready[0] or self._prefill.default_steps() >= config.baseline_prefill_steps,
             state.ready[1] or self._decode.default_steps() >= config.baseline_decode_steps,
@@ -202,12 +182,22 @@ class PhasesPolicy(Policy):
         at_default = plan.is_default or not all(state.ready)
         state.seen_s = 0.0 if at_default else state.seen_s + window.duration_s
 
+    def _changes_too_slowly(self) -> bool:
+        """Whether a prompt is mostly computed before its clock is there. A pair that is given up
+        for that is not taken again before changes are clearly quicker."""
+        models = self._current()
+        if models is None or models.load.prompt_s <= 0:
+            return self._state.is_one
+        high = SLOW_CHANGES[0] if self._state.is_one else SLOW_CHANGES[1]
+        return self._state.switch_s > high * models.load.prompt_s
+
     def _learn_steps(self, window: Window, plan: Plan, errors: tuple[float, float]) -> None:
-        prefill, decode = window.prefill_steps, window.decode_steps
+        prefill, decode, state = window.prefill_steps, window.decode_steps, self._state
         if prefill.steps and prefill.time_s > 0 and abs(errors[0]) <= MAX_ERROR:
             lag_s = self._lag_s(window, plan)
             time_s = prefill.time_s - lag_s
-            weight = 1.0 / (1.0 + (LAG_DOUBT * lag_s / time_s) ** 2)
+            doubt = LAG_DOUBT if state.is_timed else UNTIMED * LAG_DOUBT
+            weight = 1.0 / (1.0 + (doubt * lag_s / time_s) ** 2)
             work = prefill_work(window)
             self._prefill.add(key_of(plan.prefill), work, time_s, prefill.steps, weight)
         if decode.steps and decode.time_s > 0 and abs(errors[1]) <= MAX_ERROR:
@@ -308,7 +298,7 @@ class PhasesPolicy(Policy):
                     f"snapshot: {name} is {snapshot.get(name)}, this policy has {value}; start anew"
                 )
         try:
-            state = _State.model_validate(snapshot["state"])
+            state = State.model_validate(snapshot["state"])
             prefill, decode = (WorkSums.restored(snapshot[name]) for name in ("prefill", "decode"))
             powers = PowerSums.restored(snapshot["power"])
             tails = Tails.restored(snapshot["tails"])

@@ -76,27 +76,26 @@ def test_one_clock_where_it_is_told_so():
 
 @pytest.mark.parametrize(
     ("changes", "pairs"),
-    [({}, True), ({"gpus": 4}, False)],
+    [({}, True), ({"gpus": 4}, False), ({"clock_change_s": 0.4}, False)],
     ids=str,
 )
-def test_several_gpus_stay_at_one_clock(changes, pairs):
+def test_a_pair_is_for_one_gpu_whose_clock_changes_while_a_prompt_is_computed(changes, pairs):
     rng, policy, found = np.random.default_rng(0), PhasesPolicy(PhasesConfig()), []
     plan = policy.select(CONTEXT, ARMS).chosen
     for _ in range(80):
         plan = told(policy, window_at(plan, rng, **changes)).chosen
         found.append(plan.prefill != plan.decode)
-    assert any(found) == pairs
+    assert any(found[-40:]) == pairs
 
 
-def test_the_slower_clocks_change_the_nearer_those_of_a_plan_lie():
-    gaps = []
-    for change_s in (0.02, 0.4):
-        rng, policy = np.random.default_rng(0), PhasesPolicy(PhasesConfig())
-        plan = policy.select(CONTEXT, ARMS).chosen
-        for _ in range(120):
-            plan = told(policy, window_at(plan, rng, clock_change_s=change_s)).chosen
-        gaps.append((plan.prefill or 2100) - (plan.decode or 2100))
-    assert gaps[1] < 0.8 * gaps[0]
+def test_changes_about_as_long_as_a_prompt_make_it_waver_between_neither():
+    rng, policy, found = np.random.default_rng(0), PhasesPolicy(PhasesConfig()), []
+    plan = policy.select(CONTEXT, ARMS).chosen
+    for _ in range(160):
+        change_s = float(rng.uniform(0.06, 0.1))  # of prompts of some 0.15 s
+        plan = told(policy, window_at(plan, rng, clock_change_s=change_s)).chosen
+        found.append(policy.snapshot()["state"]["is_one"])
+    assert np.count_nonzero(np.diff(found)) <= 1
 
 
 def test_steps_that_become_slower_for_good_are_learned_anew():
