@@ -80,11 +80,16 @@ def averaged(
     return np.asarray(before * math.exp(-duration_s / memory_s) + totals)
 
 
+def works_of(sums: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Work of the steps with prefill and of the others of late (FEATURES,), summed."""
+    works = np.asarray(sums[len(_NAMES) :])
+    return works[:FEATURES], works[FEATURES:]
+
+
 def load_of(sums: Sequence[float] | np.ndarray, prefill: StepTimes, decode: StepTimes) -> Load:
     """The load that running sums and models tell of."""
     s = dict(zip(_NAMES, sums, strict=False))
-    works = np.asarray(sums[len(_NAMES) :])
-    prefill_work_, decode_work_ = works[:FEATURES], works[FEATURES:]
+    prefill_work_, decode_work_ = works_of(sums)
     base_p, base_d = prefill.base_s(prefill_work_), decode.base_s(decode_work_)
     batch = _ratio(s["decode_batch2"], s["decode_tokens"], 1.0)
     step_d = _ratio(base_d, s["decode_steps"])

@@ -18,6 +18,7 @@ from agft_ray.policy.phases.config import MAX_PROBE_SHARE, PhasesConfig
 from agft_ray.policy.phases.latency import LatencyModel, left_of_switch_s
 from agft_ray.policy.phases.power import PowerSums
 from agft_ray.policy.phases.state import CALL_S, State
+from agft_ray.policy.phases.step_time import StepTimes
 from agft_ray.policy.phases.tails import Tails
 from agft_ray.policy.phases.work import WorkSums, decode_work, key_of, prefill_work
 from agft_ray.policy.statistics import is_evidence
@@ -125,8 +126,7 @@ class PhasesPolicy(Policy):
     def _models(self, top_mhz: float) -> Models:
         key = self._state.windows, self._state.relearned, top_mhz
         if self._cached is None or self._cached[0] != key:
-            prefill = step_time.fit(self._prefill, top_mhz, MIN_PREFILL_STEPS)
-            decode = step_time.fit(self._decode, top_mhz, MIN_DECODE_STEPS)
+            prefill, decode = self._step_times(top_mhz)
             load = loads.load_of(self._state.load, prefill, decode)
             lowest = prefill.lowest_mhz, decode.lowest_mhz
             powers = power.fit(self._power, top_mhz, math.log1p(load.others), lowest)
@@ -136,6 +136,18 @@ class PhasesPolicy(Policy):
                 Models(prefill, decode, powers, load, state.switch_s, state.is_one, self._tails),
             )
         return self._cached[1]
+
+    def _step_times(self, top_mhz: float) -> tuple[StepTimes, StepTimes]:
+        """Of prefill and of decode, as surely as they are known at the load of now: a batch that
+        has just grown may be one that default clocks have not seen."""
+        prefill, decode = loads.works_of(self._state.load)
+        latest = np.array(self._state.decode_work)
+        scales = step_time.DECODE_SCALES
+        fit = step_time.fit
+        return (
+            fit(self._prefill, top_mhz, MIN_PREFILL_STEPS, works=[prefill]),
+            fit(self._decode, top_mhz, MIN_DECODE_STEPS, works=[decode, latest], scales=scales),
+        )
 
     def _current(self) -> Models | None:
         """Those that the plan of now was chosen by; none if it was chosen without any."""
@@ -202,6 +214,7 @@ class PhasesPolicy(Policy):
             self._prefill.add(key_of(plan.prefill), work, time_s, prefill.steps, weight)
         if decode.steps and decode.time_s > 0 and abs(errors[1]) <= MAX_ERROR:
             work = decode_work(window)
+            state.decode_work = work.tolist()
             self._decode.add(key_of(plan.decode), work, decode.time_s, decode.steps)
 
     def _lag_s(self, window: Window, plan: Plan) -> float:

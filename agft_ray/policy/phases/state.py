@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from agft_ray.policy.phases import load as loads
+from agft_ray.policy.phases.work import FEATURES
 
 CALL_S, CHANGE_S = 0.005, 0.025
 """From the knowledge that a prompt is there until the GPU is called; how long its clock takes to
@@ -17,6 +18,8 @@ class State(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     load: list[float] = [0.0] * loads.SIZE
+    decode_work: list[float] = [0.0] * FEATURES
+    """Of the last window with decode steps."""
     now: tuple[int | None, int | None, int | None] = (None, None, None)
     """The plan of the last window."""
     held: tuple[int | None, int | None, int | None] = (None, None, None)

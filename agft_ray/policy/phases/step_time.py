@@ -8,6 +8,7 @@ regression, fitted first. All is computed from sums by clock (`work.WorkSums`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,9 @@ RIDGE = 1e-4
 BEND = 0.04
 """Second difference of h between knots that is not unusual: a crossover has that of some. The
 penalty weighs it against the spread of windows."""
+NO_SCALES = (np.inf,) * FEATURES
+DECODE_SCALES = (np.inf, 0.25, 1.0, np.inf)
+"""Sixteen sequences more, or a full KV cache, lengthen a decode step by some such shares."""
 LEAST_SPREAD = 1e-4
 LEVEL = 1e-3
 """Pull of h to 1, in windows: only where nothing is known."""
@@ -44,6 +48,9 @@ class StepTimes:
     """h at the knots."""
     hope: np.ndarray
     """The lower end of h at the knots: near 1 where windows are too few for their spread."""
+    edge: float = 1.0
+    """h at the lowest clock measured, by its own windows where these say more than the curve: one
+    that begins to rise there has not been seen to."""
     error: float = 0.0
     """Standard error of h, relative: of the mean time of the windows at default clocks."""
 
@@ -85,10 +92,8 @@ class StepTimes:
         """The upper end of h at clocks. Below the lowest one measured the worst that can be: as
         1/f, which is more than error, so that it has none on top."""
         lowest = self.lowest_mhz
-        inside = self.expected(np.maximum(clocks_mhz, lowest))
-        worst = np.maximum(
-            inside * (1.0 + SIGMAS * self.error), inside * np.maximum(lowest / clocks_mhz, 1.0)
-        )
+        inside = self.expected(np.maximum(clocks_mhz, lowest)) * (1.0 + SIGMAS * self.error)
+        worst = np.where(clocks_mhz < lowest, self.edge * lowest / clocks_mhz, inside)
         return np.asarray(np.clip(worst, 1.0, np.maximum(self.top_mhz / clocks_mhz, 1.0)))
 
 
@@ -102,13 +107,24 @@ ALIKE = 0.012
 """Clocks that differ by less, as a share, are measured together."""
 
 
-def fit(sums: WorkSums, top_mhz: float, min_steps: float) -> StepTimes:
-    """The model of a phase from its sums; clocks with fewer steps are not taken as measured."""
+def fit(
+    sums: WorkSums,
+    top_mhz: float,
+    min_steps: float,
+    *,
+    works: Sequence[np.ndarray] = (),
+    scales: Sequence[float] = NO_SCALES,
+) -> StepTimes:
+    """The model of a phase from its sums; clocks with fewer steps are not taken as measured.
+
+    Its error is the greatest at `works` (4,), or at the mean of default clocks' windows. `scales`
+    (4,) is how large a cost b may be expected to be, in mean steps.
+    """
     sums = sums.with_top(int(top_mhz))
     clocks = sums.clocks(top_mhz)
     basis = _hats(top_mhz / clocks)
-    costs = _costs(sums)
-    _, rest = _free_slowdowns(sums, costs)
+    costs, gram = _costs(sums, scales)
+    free, rest = _free_slowdowns(sums, costs)
     spread = _spread(sums, rest)
     curve = _curve(sums, costs, basis, spread)
     curve = _possible(curve)
@@ -117,9 +133,22 @@ def fit(sums: WorkSums, top_mhz: float, min_steps: float) -> StepTimes:
     known = (near @ sums.steps >= min_steps) & (np.arange(len(clocks)) > 0)
     order = np.argsort(clocks[known])
     measured = clocks[known][order]
-    error = _error(sums, float(rest[0]), spread)
+    variance = _default_variance(sums, float(rest[0]), spread)
+    used = [work for work in works if costs @ work > 0] or [sums.grams[0] @ costs]
+    error = max(_error(work, costs, variance * np.linalg.inv(gram)) for work in used)
     hope = _hope(curve, top_mhz / clocks, sums.windows, spread)
-    return StepTimes(costs, top_mhz, measured, (basis @ curve)[known][order], curve, hope, error)
+    smooth = (basis @ curve)[known][order]
+    edge = _edge(smooth, free[known][order], sums.windows[known][order], spread)
+    return StepTimes(costs, top_mhz, measured, smooth, curve, hope, edge, error)
+
+
+def _edge(smooth: np.ndarray, free: np.ndarray, windows: np.ndarray, spread: float) -> float:
+    """The greater of the curve and of what the lowest clock's own windows say, as they are known
+    to `SURE`."""
+    if not len(smooth):
+        return 1.0
+    weight = windows[0] / (windows[0] + spread / SURE**2)
+    return float(smooth[0] + weight * max(0.0, free[0] - smooth[0]))
 
 
 def _hope(curve: np.ndarray, x: np.ndarray, windows: np.ndarray, spread: float) -> np.ndarray:
@@ -147,11 +176,17 @@ def _spread(sums: WorkSums, rest: np.ndarray) -> float:
     return float(rest.sum()) / free
 
 
-def _error(sums: WorkSums, rest: float, spread: float) -> float:
-    """Of the mean time at default clocks, which all h are relative to. There no step loses time to
-    a change of clock, so that its windows spread less; few of them are taken to spread as all."""
-    windows = max(float(sums.windows[0]), 1.0)
-    return float(np.sqrt((rest + FEATURES * spread) / windows / windows))
+def _default_variance(sums: WorkSums, rest: float, spread: float) -> float:
+    """Of a window's time at default clocks, relative. There no step loses time to a change of
+    clock, so that they spread less; few of them are taken to spread as all."""
+    return (rest + FEATURES * spread) / max(float(sums.windows[0]), 1.0)
+
+
+def _error(work: np.ndarray, costs: np.ndarray, covariance: np.ndarray) -> float:
+    """Of the time of this work at default clocks, which all h are relative to: large where default
+    clocks have hardly seen its like, and 1 where nothing is known. sqrt(w' C w) / b w."""
+    time_s = float(costs @ work)
+    return float(np.sqrt(max(0.0, work @ covariance @ work))) / time_s if time_s > 0 else 1.0
 
 
 def _hats(x: np.ndarray) -> np.ndarray:
@@ -161,14 +196,18 @@ def _hats(x: np.ndarray) -> np.ndarray:
     return np.asarray(np.maximum(0.0, 1.0 - np.abs(x[:, None] - KNOTS[None, :]) / step))
 
 
-def _costs(sums: WorkSums) -> np.ndarray:
-    """b: its size from default clocks alone, its proportions from windows at any one clock too.
+def _costs(sums: WorkSums, scales: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """b, and what it is known by, the gram of its regression.
 
+    Its size is from default clocks alone, its proportions from windows at any one clock too:
     Gauss-Newton on the squares with each clock's h free, which takes the direction of b out of its
     gram: a clock seen once says nothing of b. Else b would take for work what the clock has done.
     """
     default, locked = sums.grams[0], sums.grams[1:]
-    penalty = np.diag(RIDGE * np.diagonal(default) + RIDGE)
+    per_s = float(sums.responses[0][0])
+    step_s = float(sums.windows[0]) / per_s if per_s > 0 else 1.0
+    expected = LEAST_SPREAD / (np.array(scales) * step_s) ** 2
+    penalty = np.diag(RIDGE * np.diagonal(default) + RIDGE + expected)
     penalty[0, 0] = 1e-9
     costs = np.linalg.solve(default + penalty, sums.responses[0])
     for _ in range(ROUNDS):
@@ -183,7 +222,7 @@ def _costs(sums: WorkSums) -> np.ndarray:
         rest = sums.responses[0] - (default + penalty) @ costs
         rest = rest + (h * (sums.responses[1:] - h * times)).sum(axis=0)
         costs = costs + np.linalg.solve(gram, rest)
-    return costs
+    return costs, gram
 
 
 def _curve(sums: WorkSums, costs: np.ndarray, basis: np.ndarray, spread: float) -> np.ndarray:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from agft_ray.policy.phases.step_time import fit
+from agft_ray.policy.phases.step_time import DECODE_SCALES, fit
 from agft_ray.policy.phases.work import WorkSums, decode_work, prefill_work, total
 from agft_ray.testing import WINDOW
 from agft_ray.types import StepTotals
@@ -50,6 +50,36 @@ def test_what_was_measured_is_as_slow_as_its_error_allows():
     assert 0.1 / 10 < model.error < 0.1  # of some tens of windows that spread by 0.1
     upper = model.expected(np.array([1200.0])) * (1 + 2 * model.error)
     np.testing.assert_allclose(model.slowdown(np.array([1200.0])), upper)
+
+
+def test_its_error_is_as_great_as_the_work_is_new():
+    sums = learned((0, 1800, 1500), np.random.default_rng(0), noise=0.01)
+    usual, new = np.array([60.0, 60 * 4 / 16, 10.0, 0.0]), np.array([60.0, 60 * 60 / 16, 60.0, 0.0])
+    errors = [
+        fit(sums, TOP, 12, works=works, scales=DECODE_SCALES).error
+        for works in ((), [usual], [new], [usual, new])
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.5)
+    assert errors[2] > 3 * errors[1]
+    assert errors[3] == errors[2]
+
+
+def test_of_one_window_nothing_is_made_that_is_not_finite():
+    for sums in (WorkSums(), learned((1800,), np.random.default_rng(0), windows=1)):
+        model = fit(sums, TOP, 12, scales=DECODE_SCALES)
+        assert model.error == 1.0
+        assert np.isfinite(model.slowdown(np.array([1800.0, 300.0]))).all()
+
+
+def test_below_a_clock_that_was_slower_than_the_curve_says_its_own_windows_count():
+    sums = learned((0, 1950, 1800, 1600), np.random.default_rng(0), curve=lambda clock: 1.0)
+    rng = np.random.default_rng(1)
+    for _ in range(2):
+        work = np.array([60.0, 60 * rng.uniform(1, 8) / 16, 60 * rng.uniform(0.05, 0.3), 0.0])
+        sums.add(1500, work, COSTS @ work * 1.08, 60)
+    model = fit(sums, TOP, 12)
+    assert model.edge == pytest.approx(1.08, abs=0.01)
+    assert model.slowdown(np.array([1400.0]))[0] == pytest.approx(model.edge * 1500 / 1400)
 
 
 def test_a_step_loses_what_it_does_less_at_the_clock_before_its_own():
