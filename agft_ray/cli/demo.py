@@ -58,7 +58,8 @@ def _demo(arguments: argparse.Namespace) -> int:
         serve_run(arguments.file, config, out / "serve.log", on_wait=status.update) as app,
     ):
         status.stop()
-        slo = Slo(config.tuner.slo.ttft_s, config.tuner.slo.tpot_s)
+        told = config.tuner.slo
+        slo = Slo(told.ttft_s, told.tpot_s, told.e2e_s)
         result, _ = run_replay(workload, url=app.url, out=out, slo=None if slo == Slo() else slo)
         status.start()
     console.print(f"Requests, time line, summary and the log of serve run: {out}")

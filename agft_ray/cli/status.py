@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from agft_ray.errors import AgftError
 from agft_ray.telemetry.status import TunerState
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -40,6 +43,10 @@ COLUMNS = (
     "waiting",
     "windows",
 )
+LEFT_OUT = ("mode", "role", "GPU", "windows", "deployment", "waiting", "running")
+"""Of the columns, in this order, where a terminal is too narrow for all."""
+PLAIN_WIDTH = 200
+"""Columns where there is no terminal, unless `COLUMNS` says otherwise."""
 
 
 def add_command(commands: Commands) -> None:
@@ -90,14 +97,20 @@ def _print_tables(readings: Iterator[list[dict[str, Any]]], watch_s: float | Non
     from rich.console import Console, Group
     from rich.live import Live
 
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PLAIN_WIDTH
+
     def show(statuses: Sequence[dict[str, Any]]) -> Group:
-        return Group(table(statuses), *notes(statuses), totals(statuses))
+        return Group(table(statuses, console), *notes(statuses), totals(statuses))
 
     if watch_s is None:
         statuses = next(readings)
-        Console().print(show(statuses))
+        if not statuses:
+            raise AgftError("no tuner of this cluster is alive, or none that was asked for")
+        console.print(show(statuses))
         return exit_status(statuses)
-    with Live(auto_refresh=False) as live:
+    with Live(console=console, auto_refresh=False) as live:
         for statuses in readings:
             live.update(show(statuses), refresh=True)
             time.sleep(watch_s)
@@ -105,18 +118,30 @@ def _print_tables(readings: Iterator[list[dict[str, Any]]], watch_s: float | Non
 
 
 def exit_status(statuses: Sequence[dict[str, Any]]) -> int:
-    """1 if a tuner is in trouble, else 0."""
-    return int(any(status["state"] in TROUBLE for status in statuses))
+    """1 if a tuner is in trouble, 2 if there is none, else 0."""
+    return int(any(status["state"] in TROUBLE for status in statuses)) if statuses else 2
 
 
-def table(statuses: Sequence[dict[str, Any]]) -> Table:
-    """A row for each replica; what is not known is "-"."""
+def table(statuses: Sequence[dict[str, Any]], console: Console) -> Table:
+    """A row for each replica, in as many columns as `console` has room for; what is not known is
+    "-"."""
+    unlimited = console.options.update(max_width=sys.maxsize)
+    for left_out in range(len(LEFT_OUT)):
+        shown = _table(statuses, without=LEFT_OUT[:left_out])
+        if console.measure(shown, options=unlimited).maximum <= console.width:
+            return shown
+    return _table(statuses, without=LEFT_OUT)
+
+
+def _table(statuses: Sequence[dict[str, Any]], without: Sequence[str]) -> Table:
     from rich import box
     from rich.table import Table
 
-    shown = Table(*COLUMNS, box=box.SIMPLE_HEAD)
+    shown = Table(*(name for name in COLUMNS if name not in without), box=box.SIMPLE_HEAD)
     for status in sorted(statuses, key=lambda s: (s["deployment"], str(s["rank"]), s["replica"])):
-        shown.add_row(*_cells(status), style="" if status["alive"] else "dim")
+        named = zip(COLUMNS, _cells(status), strict=True)
+        cells = [cell for name, cell in named if name not in without]
+        shown.add_row(*cells, style="" if status["alive"] else "dim")
     return shown
 
 

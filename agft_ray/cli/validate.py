@@ -59,9 +59,9 @@ def _show(path: Path) -> None:
 
 
 def _described(gpu: GpuConfig, tuner: TunerConfig) -> str:
-    objective = tuner.objective or "of the policy"
+    objective = f"objective {tuner.objective}" if tuner.objective else "its own objective"
     named = f" ({gpu.profile})" if gpu.kind == "simulated" else ""
     return (
         f"{gpu.kind} GPUs{named}, {tuner.holdout_replicas} held out, "
-        f"mode {tuner.mode}, policy {tuner.policy.name}, objective {objective}"
+        f"mode {tuner.mode}, policy {tuner.policy.name}, {objective}"
     )

@@ -1,2 +1,3 @@
-"""The policy `phases`: a clock for prefill, one for decode and one for an empty engine, by models
-of step time and power that are learned from windows."""
+"""The policy `phases`: the cheapest clocks for prefill, decode and an empty engine within bounds.
+
+It knows them by models of step time and power, which it learns from windows."""

@@ -59,16 +59,43 @@ STATUSES = [
 
 def cells(status):
     console = Console(file=io.StringIO(), width=200)
-    console.print(status_command.table([status]))
+    console.print(status_command.table([status], console))
     line = console.file.getvalue().splitlines()[3]
     return [cell.strip() for cell in line.split("  ") if cell.strip()]
 
 
 def test_the_screen(cluster, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "170")
     cluster.append(STATUSES)
     assert main(["status", "--all"]) == 1
     assert_golden("status", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 140])
+def test_a_narrow_terminal_has_fewer_columns_and_no_cell_is_cut(width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(status_command.table([TUNING, LOST | {"plan": [1500, 1230, 210]}], console))
+    header, _, *rows = console.file.getvalue().strip().splitlines()
+    names = [name.strip() for name in header.split("  ") if name.strip()]
+    assert set(names) <= set(status_command.COLUMNS)
+    assert {"replica", "state", "policy", "locked", "power"} <= set(names)
+    assert "1500/1230/210" in rows[1]
+    assert max(map(len, rows)) <= width
+
+
+def test_in_a_pipe_every_column_is_there(cluster, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    cluster.append(STATUSES)
+    main(["status"])
+    screen = capsys.readouterr().out
+    assert all(name in screen for name in status_command.COLUMNS)
+    assert TUNING["deployment"] in screen
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_cluster_without_a_living_tuner(options, cluster, capsys):
+    cluster.append([ENDED])
+    assert main(["status", *options]) == 2
 
 
 def test_what_is_not_known_is_not_shown_as_zero():
