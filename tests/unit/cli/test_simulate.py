@@ -77,7 +77,7 @@ def test_goals_reach_the_policy(tmp_path, capsys):
         ["--bound", "0.1"],
         ["--bound", "0.05"],
         ["--slo-e2e", "99", "--slo-tpot", "0.06"],
-        ["--objective", "edp"],
+        ["--objective", "edp", "--bound", "0.5"],
         ["--energy-weight", str(tmp_path / "weights.csv")],
     ):
         runs = simulated(tmp_path, "--policy", "phases", *goals)
