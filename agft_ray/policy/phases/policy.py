@@ -37,7 +37,7 @@ UNTIMED = 7.0
 """How much more, before a change was timed on this card: it may take 0.2 s."""
 FEW_WINDOWS, EARLY_PROBES = 24.0, 3.0
 """With prefill at default clocks; below, so many times the share of probes."""
-SLOW_CHANGES = 0.4, 0.6
+SLOW_CHANGES = 0.6, 0.8
 """Of a prompt's time: what a change may take for one clock to become a pair, and a pair one."""
 MIN_IDLE = 0.03
 """Share of a window that is taken to have been empty."""
