@@ -7,8 +7,8 @@ As steps slow, so does the engine fill: if a share i of the time is empty at a r
 
 Reach: nothing slows faster than 1/f, so from the lowest clock measured, f at slowdown h, a clock f'
 slows at most to h f/f'. `StepTimes.slowdown` says just that below what was measured: a plan whose
-predicted latencies keep the bounds keeps them in truth, as far as the load's part goes. In addition
-no clock lies more than `walk` below the lowest one measured.
+predicted latencies keep the bounds keeps them in truth, as far as h there and the load are known.
+In addition no clock lies more than `walk` below the lowest one measured.
 """
 
 from __future__ import annotations
